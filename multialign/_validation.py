@@ -1,0 +1,220 @@
+"""Named argument checks, and the one place where samples, weights and dtypes are put in order.
+
+Every message says which argument, what came and what is expected. No check reads a tensor's
+values, so none makes a CUDA device synchronise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the strings in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}; got {value!r}")
+
+
+def check_positive(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise unless `value` is a finite number > 0, or >= 0 where `zero` is allowed."""
+    expected = f"a finite number {'>=' if zero else '>'} 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be {expected}; got {value!r}")
+
+
+def check_count(name: str, value: object, *, minimum: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer >= {minimum}; got {_describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}; got {value}")
+
+
+def check_tensor(name: str, value: object, shape: str, min_dims: int) -> Tensor:
+    """Return `value` if it is a floating-point tensor with at least `min_dims` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}; got {_describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {value.dtype}")
+    if value.ndim < min_dims:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
+    return value
+
+
+def check_tensors(name: str, values: object, shape: str, min_dims: int, minimum: int) -> list[Tensor]:
+    """Return `values`, a sequence or a tensor stacked along its first dimension, as a list.
+
+    Half-precision tensors come back in float32; after that all must share a dtype and a device.
+    """
+    expected = f"a sequence of at least {minimum} tensors {shape}, or one stacked tensor"
+    if isinstance(values, Tensor):
+        if values.ndim < 1:
+            raise ValueError(f"{name} must be {expected}; got shape {tuple(values.shape)}")
+        items: Sequence[object] = values.unbind(0)
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        items = values
+    else:
+        raise TypeError(f"{name} must be {expected}; got {_describe(values)}")
+    if len(items) < minimum:
+        raise ValueError(f"{name} must be {expected}; got {len(items)}")
+    tensors = [check_tensor(f"{name}[{m}]", item, shape, min_dims) for m, item in enumerate(items)]
+    tensors = [lift(tensor) for tensor in tensors]
+    check_alike(name, tensors)
+    return tensors
+
+
+def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless all `tensors` share one dtype and one device."""
+    for m, tensor in enumerate(tensors):
+        if tensor.dtype != tensors[0].dtype:
+            raise TypeError(
+                f"{name} must share one dtype (half precision counts as float32); "
+                f"got {tensors[0].dtype} for [0] and {tensor.dtype} for [{m}]"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name} must be on one device; "
+                f"got {tensors[0].device} for [0] and {tensor.device} for [{m}]"
+            )
+
+
+def lift(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors in float32 and all others as they are."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Return the context in which autocast leaves our arithmetic alone."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+class Samples(NamedTuple):
+    """The samples of M modalities, checked, with absent rows blanked and weights normalised."""
+
+    features: list[Tensor]
+    """M tensors `(*batch, N_m, ...)`, float32 or float64; rows of weight 0 are zeros."""
+    masses: list[Tensor]
+    """M tensors `(*batch, N_m)`: weights that sum to 1, or all 0 for an absent modality."""
+    present: Tensor
+    """`(M, *batch)`: 1 where a modality has any weight, else 0."""
+
+
+def check_samples(
+    features: object, weights: object, *, name: str = "features", minimum: int = 2
+) -> Samples:
+    """Check M sample sets `(*batch, N_m, D)` of equal batch and D, and their weights."""
+    tensors = check_tensors(name, features, "(*batch, N, D)", 2, minimum)
+    batch, dim = tensors[0].shape[:-2], tensors[0].shape[-1]
+    for m, tensor in enumerate(tensors):
+        if tensor.shape[:-2] != batch or tensor.shape[-1] != dim:
+            raise ValueError(
+                f"{name}[{m}] must have shape {_shape(batch, 'N', dim)}, "
+                f"with batch and D of {name}[0]; got {tuple(tensor.shape)}"
+            )
+    if dim == 0:
+        raise ValueError(f"{name} must have at least one feature; got D = 0")
+    weights = check_weights(weights, tensors, batch)
+    return Samples(*weigh_samples(tensors, weights, batch))
+
+
+def check_weights(
+    weights: object, features: Sequence[Tensor], batch: Sequence[int]
+) -> list[Tensor | None]:
+    """Return M weights `(*batch, N_m)` in the features' dtype, or None where none were given.
+
+    A negative weight becomes NaN: it shows in the result and costs no synchronisation.
+    """
+    if weights is None:
+        return [None] * len(features)
+    if isinstance(weights, Tensor):
+        weights = weights.unbind(0) if weights.ndim else [weights]
+    if not isinstance(weights, Sequence):
+        raise TypeError(
+            f"weights must be None or a sequence of {len(features)} tensors (or None); "
+            f"got {_describe(weights)}"
+        )
+    if len(weights) != len(features):
+        raise ValueError(
+            f"weights must have one entry for each of the {len(features)} modalities; "
+            f"got {len(weights)}"
+        )
+    checked: list[Tensor | None] = []
+    for m, (weight, x) in enumerate(zip(weights, features, strict=True)):
+        expected = (*batch, x.shape[len(batch)])
+        if weight is None:
+            checked.append(None)
+            continue
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights[{m}] must be a tensor or None; got {_describe(weight)}")
+        if weight.is_complex():
+            raise TypeError(f"weights[{m}] must be boolean or non-negative; got {weight.dtype}")
+        if weight.shape != expected:
+            raise ValueError(
+                f"weights[{m}] must have shape {expected}; got {tuple(weight.shape)}"
+            )
+        if weight.device != x.device:
+            raise ValueError(
+                f"weights[{m}] must be on the features' device {x.device}; got {weight.device}"
+            )
+        weight = weight.to(x.dtype)
+        # The gradient at weight 0 is 0: the row is absent.
+        blank = torch.where(weight == 0, weight.new_zeros(()), weight.new_full((), math.nan))
+        checked.append(torch.where(weight > 0, weight, blank))
+    return checked
+
+
+def weigh_samples(
+    features: Sequence[Tensor], weights: Sequence[Tensor | None], batch: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Blank the rows of weight 0 and normalise the weights, as the fields of `Samples`."""
+    blanked, masses, present = [], [], []
+    for x, weight in zip(features, weights, strict=True):
+        count = x.shape[len(batch)]
+        if weight is None:
+            blanked.append(x)
+            masses.append(x.new_full((*batch, count), 1 / max(count, 1)))
+            present.append(x.new_full(tuple(batch), float(count > 0)))
+            continue
+        # torch.where, not a product: 0 * NaN is NaN, in the value and in the gradient.
+        row = weight.reshape(*weight.shape, *[1] * (x.ndim - weight.ndim))
+        blanked.append(torch.where(row == 0, x.new_zeros(()), x))
+        total = weight.sum(-1, keepdim=True)
+        some = total != 0  # true for NaN, which must reach the result
+        masses.append(weight / torch.where(some, total, total.new_ones(())))
+        present.append(some.squeeze(-1).to(x.dtype))
+    return blanked, masses, torch.stack(present)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows `index` `(*batch, K)` of `x` `(*batch, N, D)`."""
+    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+
+
+def reference_row(x: Tensor, mass: Tensor) -> Tensor:
+    """Return one present row of each problem, `(*batch, 1, D)`, as a constant to measure from.
+
+    Measured from a sample, a constant feature is exactly 0 and a large offset costs no digits.
+    """
+    if x.shape[-2] == 0:
+        return x.new_zeros(*x.shape[:-2], 1, x.shape[-1])
+    return take_rows(x.detach(), mass.detach().argmax(-1, keepdim=True))
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return repr(value)
+    return type(value).__name__
+
+
+def _shape(batch: Sequence[int], *rest: object) -> str:
+    return "(" + ", ".join(str(size) for size in (*batch, *rest)) + ")"

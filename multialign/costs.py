@@ -1,0 +1,277 @@
+"""Costs between points and between Gaussians."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign._validation import check_alike, check_tensor, full_precision, lift
+
+__all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
+
+# Up to this many differences x_nd - y_md are formed one by one, which is exact; beyond it the
+# square is expanded into a matrix product, which is faster and needs no (N, M, D) intermediate.
+_DIRECT_ENTRIES = 2**20
+
+
+def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return the squared Euclidean distance between every two rows, never negative.
+
+    .. math:: C(n, m) = \|x_n - y_m\|^2
+
+    There is no factor 1/2.
+
+    Args:
+        x: :math:`(*\text{batch}, N, D)`.
+        y: :math:`(*\text{batch}, M, D)`.
+
+    Returns:
+        :math:`(*\text{batch}, N, M)`, in squared units of the points.
+
+    Raises:
+        ValueError: The batch or feature dimensions differ, or the devices.
+        TypeError: An argument is no floating-point tensor, or the dtypes differ.
+
+    References:
+        The cost of :cite:t:`feydy:19`, twice theirs.
+
+    Example:
+        >>> import torch
+        >>> from multialign import squared_euclidean_cost
+        >>> squared_euclidean_cost(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+        tensor([[25.,  1.]])
+    """
+    x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
+    y = lift(check_tensor("y", y, "(*batch, M, D)", 2))
+    check_alike("x and y", [x, y])
+    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x (*batch, N, D) and y (*batch, M, D) must agree in batch and D; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.numel() * y.shape[-2] <= _DIRECT_ENTRIES:
+        return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
+    with full_precision(x):
+        # The distance does not depend on the origin; near the data the expansion loses no digits.
+        origin = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
+        x, y = x - origin, y - origin
+        squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
+        return torch.clamp_min(squares - 2 * (x @ y.mT), 0)
+
+
+def bures_wasserstein_cost(
+    means_i: Tensor, covariances_i: Tensor, means_j: Tensor, covariances_j: Tensor
+) -> Tensor:
+    r"""Return the squared 2-Wasserstein distance between every two Gaussians of two sets.
+
+    .. math::
+        C(k, l) = \|\mu_i^k - \mu_j^l\|^2 + \operatorname{Tr}\Big(\Sigma_i^k + \Sigma_j^l
+            - 2 \big((\Sigma_i^k)^{1/2} \Sigma_j^l (\Sigma_i^k)^{1/2}\big)^{1/2}\Big)
+
+    For diagonal covariances the trace is :math:`\sum_d (\sigma_{i,d}^k - \sigma_{j,d}^l)^2` in
+    standard deviations. Full matrices are factored in float64, whatever the dtype. Gradients are
+    finite at equal, repeated and zero eigenvalues: in a direction in which a covariance vanishes,
+    where the derivative of its square root is infinite, that part of the gradient is 0.
+
+    Args:
+        means_i: :math:`(*\text{batch}, K_i, D)`.
+        covariances_i: :math:`(*\text{batch}, K_i, D)` (diagonals) or
+            :math:`(*\text{batch}, K_i, D, D)`, symmetric positive semi-definite.
+        means_j: :math:`(*\text{batch}, K_j, D)`.
+        covariances_j: As `covariances_i`, with :math:`K_j`.
+
+    Returns:
+        :math:`(*\text{batch}, K_i, K_j)`, >= 0, in squared units of the means.
+
+    Raises:
+        ValueError: Shapes do not fit together, or devices differ.
+        TypeError: An argument is no floating-point tensor, or dtypes differ.
+
+    References:
+        Eq. 6 of :cite:t:`decalign:26`; :cite:t:`bhatia:19`.
+
+    Example:
+        >>> import torch
+        >>> from multialign import bures_wasserstein_cost
+        >>> mean, variance = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> bures_wasserstein_cost(mean, variance, mean + 1.0, 4.0 * variance)
+        tensor([[4.]])
+    """
+    means_i, covariances_i = _check_gaussians("i", means_i, covariances_i)
+    means_j, covariances_j = _check_gaussians("j", means_j, covariances_j)
+    check_alike(
+        "means and covariances", [means_i, covariances_i, means_j, covariances_j]
+    )
+    cost = squared_euclidean_cost(means_i, means_j)
+    with full_precision(cost):
+        if covariances_i.ndim == covariances_j.ndim == means_i.ndim:
+            # sum_d (s_i - s_j)^2, small differences of large deviations included
+            return cost + squared_euclidean_cost(_sqrt(covariances_i), _sqrt(covariances_j))
+        if covariances_i.ndim == means_i.ndim:
+            covariances_i = torch.diag_embed(covariances_i)
+        if covariances_j.ndim == means_j.ndim:
+            covariances_j = torch.diag_embed(covariances_j)
+        return cost + _bures(covariances_i.double(), covariances_j.double()).to(cost.dtype)
+
+
+def _check_gaussians(name: str, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
+    means = lift(check_tensor(f"means_{name}", means, f"(*batch, K_{name}, D)", 2))
+    covariances = lift(
+        check_tensor(f"covariances_{name}", covariances, f"(*batch, K_{name}, D[, D])", 2)
+    )
+    if covariances.shape not in (means.shape, (*means.shape, means.shape[-1])):
+        raise ValueError(
+            f"covariances_{name} must have shape {tuple(means.shape)} (diagonals) or "
+            f"{(*means.shape, means.shape[-1])}; got {tuple(covariances.shape)}"
+        )
+    return means, covariances
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Return the square root of x >= 0, with gradient 0 at 0."""
+    zero = x == 0
+    return torch.where(zero, x, torch.where(zero, x.new_ones(()), x).sqrt())
+
+
+def _bures(covariances_i: Tensor, covariances_j: Tensor) -> Tensor:
+    """Return Tr(S_i + S_j - 2 (S_i^1/2 S_j S_i^1/2)^1/2) for every two matrices."""
+    trace_i = covariances_i.diagonal(dim1=-2, dim2=-1).sum(-1)
+    trace_j = covariances_j.diagonal(dim1=-2, dim2=-1).sum(-1)
+    root_i, root_j = _matrix_sqrt(covariances_i), _matrix_sqrt(covariances_j)
+    # The last trace is the sum of the singular values of S_j^1/2 S_i^1/2: no square is formed
+    # and undone, so that small eigenvalues keep their digits.
+    fidelity = _nuclear_norm(root_j.unsqueeze(-4) @ root_i.unsqueeze(-3))
+    bures = trace_i.unsqueeze(-1) + trace_j.unsqueeze(-2) - 2 * fidelity
+    # Rounding may leave it just below 0. Its gradient there is as good as above, so it is kept.
+    return bures + (bures.clamp_min(0) - bures).detach()
+
+
+def _matrix_sqrt(matrix: Tensor) -> Tensor:
+    root: Tensor = _MatrixSqrt.apply(matrix)
+    return root
+
+
+def _nuclear_norm(matrix: Tensor) -> Tensor:
+    norm: Tensor = _NuclearNorm.apply(matrix)
+    return norm
+
+
+# Derivatives of the functions of matrices below are written with functions that are themselves
+# differentiable, so that derivatives of every order exist. None divides by a difference of
+# eigenvalues: repeated ones are as good as any.
+
+
+class _MatrixSqrt(torch.autograd.Function):
+    """Principal square root R of a symmetric positive semi-definite matrix."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        values, vectors, poison = _eigh(matrix)
+        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT + poison
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # R R = S gives dR R + R dR = dS.
+        (root,) = ctx.saved_tensors
+        result: Tensor = _Lyapunov.apply(root, (grad + grad.mT) / 2)
+        return result
+
+
+class _Lyapunov(torch.autograd.Function):
+    """Solution X of A X + X A = B for symmetric positive semi-definite A.
+
+    In the eigenvectors of A it is B_kl / (a_k + a_l): for A = S^1/2 this is the divided difference
+    of the square root :cite:`bhatia:97`. Where a_k + a_l vanishes, X_kl is 0 (pseudo-inverse).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        values, vectors, poison = _eigh(a)
+        values = values.clamp_min(0)
+        sums = values.unsqueeze(-1) + values.unsqueeze(-2)
+        # An eigenvalue of S that is 0 up to rounding, eps |S|, has a root of sqrt(eps |S|).
+        floor = values.amax(-1)[..., None, None] * torch.finfo(a.dtype).eps ** 0.5
+        vanishing = sums <= floor
+        ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
+        ratio = torch.where(vanishing, sums.new_zeros(()), ratio)
+        return vectors @ ratio @ vectors.mT + poison
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # dA X + A dX + dX A + X dA = dB, and the solution operator is its own adjoint.
+        a, x = ctx.saved_tensors
+        grad_b: Tensor = _Lyapunov.apply(a, grad)
+        return -(grad_b @ x.mT + x.mT @ grad_b), grad_b
+
+
+class _NuclearNorm(torch.autograd.Function):
+    """Sum of the singular values of a square matrix; its gradient is the polar factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        matrix, poison = _poison(matrix)
+        return torch.linalg.svdvals(matrix).sum(-1) + poison[..., 0, 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (matrix,) = ctx.saved_tensors
+        factor: Tensor = _PolarFactor.apply(matrix)
+        return grad[..., None, None] * factor
+
+
+class _PolarFactor(torch.autograd.Function):
+    """Orthogonal factor Q of a square matrix M = Q H with H symmetric positive semi-definite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        matrix, poison = _poison(matrix)
+        u, _, vh = torch.linalg.svd(matrix)
+        return u @ vh + poison
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Q^T dQ = W is skew, and Q^T dM - dM^T Q = W H + H W.
+        matrix, factor = ctx.saved_tensors
+        stretch = factor.mT @ matrix
+        w: Tensor = _Lyapunov.apply((stretch + stretch.mT) / 2, factor.mT @ grad)
+        return factor @ (w - w.mT)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues, eigenvectors and what to add to a result to keep it non-finite."""
+    matrix, poison = _poison(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors, poison
+
+
+def _poison(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace matrices that LAPACK would refuse; return them with NaN for those, 0 for the rest."""
+    finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    safe = torch.where(finite, matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+    return safe, torch.where(finite, 0.0, torch.nan).to(matrix.dtype)

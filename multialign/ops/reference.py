@@ -1,0 +1,34 @@
+"""Log-sum-exp primitives in plain torch, safe where a mass is zero (its logarithm is -inf)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["log", "logsumexp"]
+
+
+def log(x: Tensor) -> Tensor:
+    """Return log x for x >= 0: -inf with gradient 0 at 0, where torch's gradient is infinite."""
+    zero = x == 0
+    return torch.where(zero, -math.inf, torch.where(zero, x.new_ones(()), x).log())
+
+
+def logsumexp(x: Tensor, dim: int | Sequence[int]) -> Tensor:
+    """Return log sum exp x over `dim`.
+
+    Where all entries are -inf it is -inf with gradient 0; the gradient of `torch.logsumexp` is NaN
+    there, even when the result is masked out later.
+    """
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if not dims:
+        return x
+    dead = x.amax(dims, keepdim=True) == -math.inf
+    result = torch.logsumexp(torch.where(dead, 0.0, x), dims, keepdim=True)
+    result = torch.where(dead, -math.inf, result)
+    for d in sorted((d % x.ndim for d in dims), reverse=True):
+        result = result.squeeze(d)
+    return result
