@@ -1,9 +1,40 @@
 """Differentiable alignment losses for multimodal learning in PyTorch."""
 
-__version__ = "0.1.0"
-
+from multialign._versions import show_versions
 from multialign.costs import bures_wasserstein_cost, squared_euclidean_cost
 from multialign.decoupling import CosineDecouplingLoss, cosine_decoupling_loss
 from multialign.mixture import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
 from multialign.mmd import MMDLoss, mmd_loss
 from multialign.moments import GaussianMomentLoss, gaussian_moment_loss
+from multialign.prototypes import (
+    PrototypeAlignment,
+    PrototypeAlignmentLoss,
+    prototype_alignment_loss,
+)
+from multialign.sinkhorn import MultiMarginalSinkhornLoss, multi_marginal_sinkhorn_loss
+from multialign.transport import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceWarning",
+    "CosineDecouplingLoss",
+    "GaussianMixture",
+    "GaussianMomentLoss",
+    "GaussianPrototypes",
+    "MMDLoss",
+    "MultiMarginalSinkhornLoss",
+    "PrototypeAlignment",
+    "PrototypeAlignmentLoss",
+    "TransportSolution",
+    "bures_wasserstein_cost",
+    "cosine_decoupling_loss",
+    "fit_gaussian_mixture",
+    "gaussian_moment_loss",
+    "mmd_loss",
+    "multi_marginal_sinkhorn",
+    "multi_marginal_sinkhorn_loss",
+    "prototype_alignment_loss",
+    "show_versions",
+    "squared_euclidean_cost",
+]

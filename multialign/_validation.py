@@ -7,11 +7,12 @@ values, so none makes a CUDA device synchronise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -107,13 +108,22 @@ class Samples(NamedTuple):
     """M tensors `(*batch, N_m)`: weights that sum to 1, or all 0 for an absent modality."""
     present: Tensor
     """`(M, *batch)`: 1 where a modality has any weight, else 0."""
+    weighted: bool
+    """Whether weights were given; if not, every sample is present."""
 
 
 def check_samples(
-    features: object, weights: object, *, name: str = "features", minimum: int = 2
+    features: object,
+    weights: object,
+    *,
+    name: str = "features",
+    gather: Callable[..., tuple[list[Tensor], list[Tensor | None]]] | None = None,
 ) -> Samples:
-    """Check M sample sets `(*batch, N_m, D)` of equal batch and D, and their weights."""
-    tensors = check_tensors(name, features, "(*batch, N, D)", 2, minimum)
+    """Check M >= 2 sample sets `(*batch, N_m, D)` of equal batch and D, and their weights.
+
+    `gather` stands between the check and what follows: it may add the samples of other ranks.
+    """
+    tensors = check_tensors(name, features, "(*batch, N, D)", 2, 2)
     batch, dim = tensors[0].shape[:-2], tensors[0].shape[-1]
     for m, tensor in enumerate(tensors):
         if tensor.shape[:-2] != batch or tensor.shape[-1] != dim:
@@ -123,8 +133,11 @@ def check_samples(
             )
     if dim == 0:
         raise ValueError(f"{name} must have at least one feature; got D = 0")
-    weights = check_weights(weights, tensors, batch)
-    return Samples(*weigh_samples(tensors, weights, batch))
+    checked = check_weights(weights, tensors, batch)
+    if gather is not None:
+        tensors, checked = gather(tensors, checked)
+    weighted = any(weight is not None for weight in checked)
+    return Samples(*weigh_samples(tensors, checked, batch), weighted)
 
 
 def check_weights(
@@ -176,7 +189,7 @@ def check_weights(
 def weigh_samples(
     features: Sequence[Tensor], weights: Sequence[Tensor | None], batch: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Blank the rows of weight 0 and normalise the weights, as the fields of `Samples`."""
+    """Blank the rows of weight 0 and normalise the weights: features, masses, present."""
     blanked, masses, present = [], [], []
     for x, weight in zip(features, weights, strict=True):
         count = x.shape[len(batch)]
@@ -193,6 +206,16 @@ def weigh_samples(
         masses.append(weight / torch.where(some, total, total.new_ones(())))
         present.append(some.squeeze(-1).to(x.dtype))
     return blanked, masses, torch.stack(present)
+
+
+def pad_empty(samples: Samples) -> Samples:
+    """Give a modality of N = 0 one absent row."""
+    features, masses = [], []
+    for x, mass in zip(samples.features, samples.masses, strict=True):
+        empty = x.shape[-2] == 0
+        features.append(functional.pad(x, (0, 0, 0, 1)) if empty else x)
+        masses.append(functional.pad(mass, (0, 1)) if empty else mass)
+    return samples._replace(features=features, masses=masses)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -271,6 +271,9 @@ def fit_gaussian_mixture(
     (x,), (mass,), _ = weigh_samples([x], check_weights([weights], [x], batch), batch)
     if isinstance(init, GaussianMixture):
         _check_start(init, x, num_components, covariance_type)
+    if x.shape[-2] == 0:
+        # One absent row stands for none at all.
+        x, mass = x.new_zeros(*batch, 1, x.shape[-1]), mass.new_zeros(*batch, 1)
 
     grad = torch.is_grad_enabled() and differentiate != "none"
     with full_precision(x), torch.set_grad_enabled(grad):
@@ -281,15 +284,12 @@ def fit_gaussian_mixture(
         variance = _variance(deviation.detach(), mass).mean(-1, keepdim=True)
         scale = torch.where(variance == 0, 1.0, variance).sqrt()
         x = deviation / scale
-        spread = _variance(x, mass)
-        level = spread.mean(-1, keepdim=True)
-        floor = regularization * torch.where(level == 0, 1.0, level)
-
+        floor = _floor(x, mass, regularization)
         if isinstance(init, GaussianMixture):
             mixture = _standardise(init, origin, scale)
         else:
             rows = choose_rows(x, mass, num_components, init=init, generator=generator)
-            mixture = _start_at(take_rows(x, rows), spread + floor, covariance_type)
+            mixture = start_mixture(x, mass, rows, covariance_type, regularization)
         if differentiate == "last":
             with torch.no_grad():
                 mixture = _iterate(x, mass, mixture, iterations - 1, tolerance, floor)
@@ -416,8 +416,11 @@ class GaussianPrototypes(nn.Module):
         """
         if self.momentum is None or not self.training:
             return mixture
-        if self.running is not None:
-            mixture = _merge(self.running, mixture, self.momentum, present)
+        running = self.running
+        if running is not None:
+            mixture = _merge(running, mixture, self.momentum, present)
+        elif present is not None and not bool(present.all()):
+            return mixture  # of no samples: nothing to start a later fit from
         self.running_weights = mixture.weights.detach().clone()
         self.running_means = mixture.means.detach().clone()
         self.running_covariances = mixture.covariances.detach().clone()
@@ -453,8 +456,6 @@ def choose_rows(
     """
     with torch.no_grad():
         *batch, rows, dim = x.shape
-        if rows == 0:
-            return torch.zeros(*batch, count, dtype=torch.int64, device=x.device)
         direction = torch.randn(dim, generator=generator, device=x.device).to(x.dtype)
         order = (x @ direction).argsort(-1)
         x, mass = take_rows(x, order), mass.gather(-1, order)
@@ -494,9 +495,13 @@ def _draw_distinct(mass: Tensor, count: int, generator: torch.Generator | None) 
     return order.gather(-1, turns % there)
 
 
-def _start_at(means: Tensor, variance: Tensor, covariance_type: CovarianceType) -> GaussianMixture:
-    """Return the mixture with these means, variances `(*batch, 1, D)` and equal weights."""
+def start_mixture(
+    x: Tensor, mass: Tensor, rows: Tensor, covariance_type: CovarianceType, regularization: float
+) -> GaussianMixture:
+    """Return a mixture whose means are `rows` of `x`, with its variances and equal weights."""
+    means = take_rows(x, rows)
     *batch, count, _ = means.shape
+    variance = _variance(x, mass) + _floor(x, mass, regularization)
     if covariance_type == "diag":
         covariances = variance.expand_as(means)
     elif covariance_type == "spherical":
@@ -511,6 +516,12 @@ def _start_at(means: Tensor, variance: Tensor, covariance_type: CovarianceType) 
         covariances=covariances,
         covariance_type=covariance_type,
     )
+
+
+def _floor(x: Tensor, mass: Tensor, regularization: float) -> Tensor:
+    """Return what is added to variances, `(*batch, 1, 1)`, relative to those of the data."""
+    level = _variance(x, mass).mean(-1, keepdim=True)
+    return regularization * torch.where(level == 0, 1.0, level)
 
 
 def _iterate(

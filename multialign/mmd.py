@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multialign._distributed import ProcessGroup, broadcast, gatherer
 from multialign._validation import (
     Samples,
     check_choice,
@@ -34,6 +35,7 @@ def mmd_loss(
     estimator: Estimator = "biased",
     num_features: int = 1024,
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Compare every two modalities by their maximum mean discrepancy under a Gaussian kernel.
 
@@ -64,6 +66,7 @@ def mmd_loss(
         estimator: "biased", "unbiased" or "random_features".
         num_features: Number of random frequencies; each gives a sine and a cosine.
         generator: Draws the frequencies; None stands for torch's global generator.
+        process_group: Given one, the loss is that of all ranks' samples together.
 
     Returns:
         A scalar, the mean over the batch; dimensionless, at most 2.
@@ -85,7 +88,7 @@ def mmd_loss(
         tensor(0.8415)
     """
     _check_options(bandwidth, estimator, num_features)
-    samples = check_samples(features, weights)
+    samples = check_samples(features, weights, gather=gatherer(process_group))
     if estimator == "unbiased":
         for m, x in enumerate(samples.features):
             if x.shape[-2] < 2:
@@ -97,7 +100,12 @@ def mmd_loss(
     with full_precision(samples.features[0]):
         sigmas = _bandwidths(bandwidth, samples)
         if estimator == "random_features":
-            loss = _random_feature_discrepancies(samples, sigmas, num_features, generator)
+            first = samples.features[0]
+            frequencies = torch.randn(
+                first.shape[-1], num_features, generator=generator, device=first.device
+            ).to(first.dtype)
+            frequencies = broadcast(frequencies, process_group)
+            loss = _random_feature_discrepancies(samples, sigmas, frequencies)
         else:
             loss = _kernel_discrepancies(samples, sigmas, unbiased=estimator == "unbiased")
         pairs = len(samples.features) * (len(samples.features) - 1) / 2
@@ -119,6 +127,7 @@ class MMDLoss(nn.Module):
         estimator: "biased", "unbiased" or "random_features".
         num_features: Number of random frequencies.
         generator: Draws the frequencies; None stands for torch's global generator.
+        process_group: Given one, the loss is that of all ranks' samples together.
 
     References:
         Eq. 11-12 of :cite:t:`decalign:26`; :cite:t:`gretton:12`.
@@ -139,6 +148,7 @@ class MMDLoss(nn.Module):
         *,
         num_features: int = 1024,
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_options(bandwidth, estimator, num_features)
@@ -146,6 +156,7 @@ class MMDLoss(nn.Module):
         self.estimator = estimator
         self.num_features = num_features
         self.generator = generator
+        self.process_group = process_group
 
     def forward(
         self,
@@ -160,6 +171,7 @@ class MMDLoss(nn.Module):
             estimator=self.estimator,
             num_features=self.num_features,
             generator=self.generator,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:
@@ -211,13 +223,9 @@ def _form(kernel: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _random_feature_discrepancies(
-    samples: Samples, sigmas: list[Tensor], num_features: int, generator: torch.Generator | None
+    samples: Samples, sigmas: list[Tensor], frequencies: Tensor
 ) -> Tensor:
     """Return the sum over pairs i < j of the squared distance of mean features, `(*batch)`."""
-    first = samples.features[0]
-    frequencies = torch.randn(
-        first.shape[-1], num_features, dtype=first.dtype, device=first.device, generator=generator
-    )
     # cos(w (x - y)) does not depend on the origin; large phases would lose their digits.
     origin = torch.cat([x.detach() for x in samples.features], -2).mean(-2, keepdim=True)
     embeddings = []
@@ -226,11 +234,11 @@ def _random_feature_discrepancies(
         phases = torch.cat([projection / sigma for sigma in sigmas], -1)
         waves = torch.cat([phases.cos(), phases.sin()], -1)
         embeddings.append((mass.unsqueeze(-2) @ waves).squeeze(-2))
-    loss = first.new_zeros(())
+    loss = frequencies.new_zeros(())
     for i, j in combinations(range(len(embeddings)), 2):
         distance = (embeddings[i] - embeddings[j]).square().sum(-1)
         loss = loss + samples.present[i] * samples.present[j] * distance
-    return loss / (num_features * len(sigmas))
+    return loss / (frequencies.shape[-1] * len(sigmas))
 
 
 def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multialign._distributed import ProcessGroup, gatherer
 from multialign._validation import (
     check_choice,
     check_positive,
@@ -31,6 +32,7 @@ def gaussian_moment_loss(
     moments: Sequence[Moment] = MOMENTS,
     feature_reduction: FeatureReduction = "sum",
     eps: float = 1e-6,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Compare mean, covariance and skewness between every two modalities.
 
@@ -52,6 +54,7 @@ def gaussian_moment_loss(
         feature_reduction: "sum" as in Eq. 10, or "mean" over the entries of each moment, so that D
             does not set the scale.
         eps: Added to the standard deviation under the skewness, in units of the features.
+        process_group: Given one, the loss is that of all ranks' samples together.
 
     Returns:
         A scalar >= 0: the mean over the batch. Its terms have the units of the features to the
@@ -72,7 +75,7 @@ def gaussian_moment_loss(
         tensor(1.)
     """
     _check_options(moments, feature_reduction, eps)
-    samples = check_samples(features, weights)
+    samples = check_samples(features, weights, gather=gatherer(process_group))
 
     with full_precision(samples.features[0]):
         statistics: dict[str, list[Tensor]] = {moment: [] for moment in moments}
@@ -103,6 +106,7 @@ class GaussianMomentLoss(nn.Module):
         moments: Which of "mean", "covariance", "skewness" to compare.
         feature_reduction: "sum" (Eq. 10 of :cite:t:`decalign:26`) or "mean" over entries.
         eps: Added to the standard deviation under the skewness, in units of the features.
+        process_group: Given one, the loss is that of all ranks' samples together.
 
     Example:
         >>> import torch
@@ -117,12 +121,15 @@ class GaussianMomentLoss(nn.Module):
         moments: Sequence[Moment] = MOMENTS,
         feature_reduction: FeatureReduction = "sum",
         eps: float = 1e-6,
+        *,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_options(moments, feature_reduction, eps)
         self.moments = tuple(moments)
         self.feature_reduction = feature_reduction
         self.eps = eps
+        self.process_group = process_group
 
     def forward(
         self,
@@ -136,6 +143,7 @@ class GaussianMomentLoss(nn.Module):
             moments=self.moments,
             feature_reduction=self.feature_reduction,
             eps=self.eps,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:

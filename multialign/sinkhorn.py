@@ -1,0 +1,307 @@
+"""Multi-marginal Sinkhorn divergence between weighted point clouds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from multialign._validation import (
+    Samples,
+    check_choice,
+    check_positive,
+    check_samples,
+    full_precision,
+    pad_empty,
+)
+from multialign.costs import squared_euclidean_cost
+from multialign.ops import Backend
+from multialign.transport.problem import make_problem
+from multialign.transport.solution import TransportSolution
+from multialign.transport.solver import Method, check_solver_options, solve_problem
+
+__all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
+
+Graph = Literal["complete", "chain", "star", "cycle"] | Sequence[tuple[int, int]]
+
+GRAPHS = ("complete", "chain", "star", "cycle")
+# The default epsilon, in standard deviations of the costs; OTT takes the same.
+_RELATIVE_EPSILON = 0.05
+
+
+def multi_marginal_sinkhorn_loss(
+    points: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    epsilon: float | None = None,
+    graph: Graph = "complete",
+    debias: bool = True,
+    tolerance: float | None = None,
+    max_iterations: int = 2000,
+    method: Method = "auto",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Compare M weighted point clouds at once by entropic transport between all of them.
+
+    With :math:`\operatorname{MOT}` the value of Eq. 7 for the cost
+    :math:`C(k) = \sum_{(i,j) \in \text{graph}} \|x_i^{k_i} - x_j^{k_j}\|^2`,
+
+    .. math::
+        S(a_1, \dots, a_M) = \operatorname{MOT}(a_1, \dots, a_M)
+            - \frac{1}{M} \sum_{i=1}^{M} \operatorname{MOT}(a_i, \dots, a_i),
+
+    which is >= 0, and 0 where all clouds are equal. For two clouds it is twice the Sinkhorn
+    divergence of :cite:t:`feydy:19`, whose cost is :math:`\|x-y\|^2 / 2`, at half its
+    :math:`\epsilon`. A modality left without weight is out: the sum over i and the graph
+    run over the modalities that are there.
+
+    Args:
+        points: M tensors :math:`(*\text{batch}, N_m, D)`, or one stacked tensor.
+        weights: None, or M tensors :math:`(*\text{batch}, N_m)` (or None), boolean or
+            non-negative; each is divided by its sum. A point of weight 0 is absent.
+        epsilon: > 0, in squared units of the points. None: 0.05 times the standard deviation of
+            the costs between the clouds, all edges pooled (each pair of points counts by its
+            weights); it carries no gradient and is the same for every term.
+        graph: Between which clouds the cost acts: "complete", "chain" (each with the next),
+            "star" (the first with every other), "cycle", or a list of pairs (i, j).
+        debias: Whether the second term is there. Without it the value may be negative.
+        tolerance: As in :func:`multi_marginal_sinkhorn`.
+        max_iterations: As in :func:`multi_marginal_sinkhorn`.
+        method: As in :func:`multi_marginal_sinkhorn`.
+        backend: As in :func:`multi_marginal_sinkhorn`.
+
+    Returns:
+        A scalar, the mean over the batch, in squared units of the points.
+
+    Raises:
+        ValueError: A shape, device, count or option is wrong.
+        TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: The graph needs a table of more than 2^28 entries.
+
+    Warns:
+        ConvergenceWarning: Some problem did not reach the tolerance.
+
+    References:
+        :cite:t:`feydy:19` for two clouds; :cite:t:`pass:15`; Eq. 7-8 of :cite:t:`decalign:26`.
+
+    Example:
+        >>> import torch
+        >>> from multialign import multi_marginal_sinkhorn_loss
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> multi_marginal_sinkhorn_loss([x, x + 1.0, x + 2.0])
+        tensor(12.)
+    """
+    _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
+    samples = pad_empty(check_samples(points, weights, name="points"))
+    edges = _edges(graph, len(samples.features))
+    options = (tolerance, max_iterations, method, backend)
+
+    with full_precision(samples.features[0]):
+        costs = _costs(samples, edges)
+        level = _epsilon(epsilon, samples, costs)
+        loss = _solve(costs, samples.masses, level, samples, options).value
+        if debias:
+            loss = loss - _self_terms(samples, edges, level, options)
+        return loss.mean().to(samples.features[0].dtype)
+
+
+class MultiMarginalSinkhornLoss(nn.Module):
+    r"""Sinkhorn divergence between M weighted point clouds at once.
+
+    .. math::
+        S(a_1, \dots, a_M) = \operatorname{MOT}(a_1, \dots, a_M)
+            - \frac{1}{M} \sum_{i=1}^{M} \operatorname{MOT}(a_i, \dots, a_i)
+
+    Called ``(points, weights=None)`` with M tensors :math:`(*\text{batch}, N_m, D)`; see
+    :func:`multi_marginal_sinkhorn_loss` for the definition, units and errors. :meth:`solve` gives
+    the :class:`TransportSolution` of the first term.
+
+    Args:
+        epsilon: > 0 in squared units of the points, or None for 0.05 times the standard deviation
+            of the costs.
+        graph: "complete", "chain", "star", "cycle", or a list of pairs (i, j).
+        debias: Whether the second term is there.
+        tolerance: As in :func:`multi_marginal_sinkhorn`.
+        max_iterations: As in :func:`multi_marginal_sinkhorn`.
+        method: As in :func:`multi_marginal_sinkhorn`.
+        backend: As in :func:`multi_marginal_sinkhorn`.
+
+    References:
+        :cite:t:`feydy:19` for two clouds; :cite:t:`pass:15`.
+
+    Example:
+        >>> import torch
+        >>> from multialign import MultiMarginalSinkhornLoss
+        >>> loss = MultiMarginalSinkhornLoss(graph="chain")
+        >>> clouds = [torch.randn(n, 2) for n in (5, 6, 7)]
+        >>> loss(clouds) > 0
+        tensor(True)
+        >>> loss.solve(clouds).pairwise_marginal(0, 1).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon: float | None = None,
+        graph: Graph = "complete",
+        debias: bool = True,
+        tolerance: float | None = None,
+        max_iterations: int = 2000,
+        method: Method = "auto",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
+        self.epsilon = epsilon
+        self.graph = graph
+        self.debias = debias
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.method = method
+        self.backend = backend
+
+    def forward(
+        self,
+        points: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Return the loss of M point clouds."""
+        return multi_marginal_sinkhorn_loss(
+            points,
+            weights,
+            epsilon=self.epsilon,
+            graph=self.graph,
+            debias=self.debias,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            method=self.method,
+            backend=self.backend,
+        )
+
+    def solve(
+        self,
+        points: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> TransportSolution:
+        """Return the solution of the transport problem between the clouds, without debiasing."""
+        samples = pad_empty(check_samples(points, weights, name="points"))
+        edges = _edges(self.graph, len(samples.features))
+        options = (self.tolerance, self.max_iterations, self.method, self.backend)
+        with full_precision(samples.features[0]):
+            costs = _costs(samples, edges)
+            level = _epsilon(self.epsilon, samples, costs)
+            return _solve(costs, samples.masses, level, samples, options)
+
+    def extra_repr(self) -> str:
+        """Return the options for ``repr``."""
+        return f"epsilon={self.epsilon}, graph={self.graph!r}, debias={self.debias}"
+
+
+Options = tuple[float | None, int, Method, Backend]
+Costs = dict[tuple[int, int], Tensor]
+
+
+def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
+    """Return the pairs i < j between which the cost acts."""
+    if graph == "complete":
+        return list(combinations(range(count), 2))
+    if graph == "star":
+        return [(0, j) for j in range(1, count)]
+    if isinstance(graph, str):
+        chain = [(i, i + 1) for i in range(count - 1)]
+        return [*chain, (0, count - 1)] if graph == "cycle" and count > 2 else chain
+    edges = [(min(pair), max(pair)) for pair in graph]
+    for edge in edges:
+        if not 0 <= edge[0] < edge[1] < count:
+            raise ValueError(
+                f"graph must hold pairs of different modalities in 0..{count - 1}; got {edge}"
+            )
+    if len(set(edges)) < len(edges):
+        raise ValueError(f"graph must hold each pair once; got {list(graph)}")
+    return edges
+
+
+def _costs(samples: Samples, edges: Sequence[tuple[int, int]]) -> Costs:
+    """Return the costs in float64: the divergence is a small difference of large values."""
+    points = [x.double() for x in samples.features]
+    return {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
+
+
+@torch.no_grad()
+def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
+    """Return epsilon `(*batch)` in float64."""
+    first = samples.present[0].double()
+    if epsilon is not None:
+        return torch.full_like(first, epsilon)
+    # Scaled so that equal weights count 1 each, a cloud counts by its size.
+    counts = [mass.double() * (mass != 0).sum(-1, keepdim=True) for mass in samples.masses]
+    pairs = {(i, j): counts[i].unsqueeze(-1) * counts[j].unsqueeze(-2) for i, j in costs}
+    total = sum((pairs[e].sum((-2, -1)) for e in costs), torch.zeros_like(first))
+    total = torch.where(total == 0, 1.0, total)
+    mean = sum(((pairs[e] * c).sum((-2, -1)) for e, c in costs.items()), torch.zeros_like(first))
+    mean = (mean / total)[..., None, None]
+    squares = sum(
+        ((pairs[e] * (c - mean).square()).sum((-2, -1)) for e, c in costs.items()),
+        torch.zeros_like(first),
+    )
+    level = _RELATIVE_EPSILON * (squares / total).sqrt()
+    # Costs that are all alike have one solution whatever epsilon is.
+    fallback = _RELATIVE_EPSILON * mean.squeeze(-1).squeeze(-1)
+    level = torch.where(level == 0, fallback, level)
+    return torch.where(level == 0, 1.0, level)
+
+
+def _solve(
+    costs: Costs,
+    marginals: Sequence[Tensor],
+    epsilon: Tensor,
+    samples: Samples,
+    options: Options,
+) -> TransportSolution:
+    masses = [mass.double() for mass in marginals]
+    problem = make_problem(costs, masses, epsilon, dtype=samples.features[0].dtype)
+    return solve_problem(problem, *options)
+
+
+def _self_terms(
+    samples: Samples, edges: Sequence[tuple[int, int]], epsilon: Tensor, options: Options
+) -> Tensor:
+    """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`."""
+    count = len(samples.features)
+    sizes = {x.shape[-2] for x in samples.features}
+    # Clouds of equal size are solved side by side.
+    groups = [list(range(count))] if len(sizes) == 1 else [[i] for i in range(count)]
+    total = torch.zeros_like(epsilon)
+    for group in groups:
+        points = torch.stack([samples.features[i] for i in group]).double()
+        masses = torch.stack([samples.masses[i] for i in group])
+        cost = squared_euclidean_cost(points, points)
+        # The copy that stands for an absent modality is as absent.
+        copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
+        values = _solve(dict.fromkeys(edges, cost), copies, epsilon, samples, options).value
+        total = total + (values * samples.present[group]).sum(0)
+    return total / samples.present.sum(0).clamp_min(1)
+
+
+def _check_options(
+    epsilon: float | None,
+    graph: Graph,
+    tolerance: float | None,
+    max_iterations: int,
+    method: str,
+    backend: str,
+) -> None:
+    if epsilon is not None:
+        check_positive("epsilon", epsilon)
+    if isinstance(graph, str):
+        check_choice("graph", graph, GRAPHS)
+    elif not isinstance(graph, Sequence) or not all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(v, int) for v in pair)
+        for pair in graph
+    ):
+        raise ValueError(f"graph must be one of {GRAPHS} or a list of pairs (i, j); got {graph!r}")
+    check_solver_options(tolerance, max_iterations, method, backend)

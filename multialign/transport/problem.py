@@ -1,0 +1,271 @@
+"""The transport problem: checked, masked, centred, and in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign._validation import check_alike, check_positive, check_tensor, lift
+from multialign.ops import log
+from multialign.transport.elimination import Factors, Scope, check_entries
+
+__all__ = ["Problem", "make_problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Eq. 7-8 for B problems of the same shape, all in float64.
+
+    The cost is the sum of the tables in `costs` and of the vectors in `offsets`.
+    """
+
+    costs: Factors
+    """Centred costs `(B, K_i, K_j)` by (i, j), or one table over all variables."""
+    offsets: list[Tensor]
+    """M vectors `(B, K_p)`: the parts of the cost that depend on one variable alone."""
+    marginals: list[Tensor]
+    """M vectors `(B, K_p)` that sum to 1."""
+    epsilon: Tensor
+    """`(B,)`."""
+    batch: torch.Size
+    """The shape that B flattens."""
+    dtype: torch.dtype
+    """The dtype of the results."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of atoms of each marginal."""
+        return [marginal.shape[-1] for marginal in self.marginals]
+
+    @property
+    def edges(self) -> list[Scope]:
+        """The variables of each cost table."""
+        return list(self.costs)
+
+    def factors(self, potentials: Sequence[Tensor], epsilon: Tensor) -> Factors:
+        """Return the log-factors of exp(sum_p x_p - C / epsilon), for x in units of epsilon.
+
+        An atom of mass 0 has no plan: its potential is -inf, whatever `potentials` says.
+        """
+        table: dict[Scope, Tensor] = {}
+        for p, (x, marginal) in enumerate(zip(potentials, self.marginals, strict=True)):
+            table[(p,)] = torch.where(marginal == 0, -math.inf, x)
+        for scope, cost in self.costs.items():
+            table[scope] = cost / -epsilon.reshape(-1, *[1] * len(scope))
+        return table
+
+    def detach(self) -> Problem:
+        """Return the same problem without gradient."""
+        return Problem(
+            costs={scope: cost.detach() for scope, cost in self.costs.items()},
+            offsets=[offset.detach() for offset in self.offsets],
+            marginals=[marginal.detach() for marginal in self.marginals],
+            epsilon=self.epsilon.detach(),
+            batch=self.batch,
+            dtype=self.dtype,
+        )
+
+    def unflatten(self, x: Tensor) -> Tensor:
+        """Give a result `(B, ...)` its batch shape, and its dtype if it is floating point."""
+        x = x.reshape((*self.batch, *x.shape[1:]))
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+
+def make_problem(
+    costs: Mapping[tuple[int, int], Tensor] | Tensor,
+    marginals: Sequence[Tensor],
+    epsilon: float | Tensor,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """Check the arguments of `multi_marginal_sinkhorn` and put them in order.
+
+    `dtype` is that of the results; None: that of the marginals.
+    """
+    weights = _check_marginals(marginals)
+    sizes = [weight.shape[-1] for weight in weights]
+    tables = _check_costs(costs, sizes)
+    check_alike("costs and marginals", [*tables.values(), *weights])
+    epsilon = _check_epsilon(epsilon, weights[0].device)
+    batch = _common_batch(tables, weights, epsilon)
+
+    def flat(x: Tensor, dims: int) -> Tensor:
+        shape = x.shape[x.ndim - dims :]
+        return x.double().expand((*batch, *shape)).reshape((batch.numel(), *shape))
+
+    normalised, absent = [], []
+    for weight in weights:
+        nu, zero = _normalise(flat(weight, 1))
+        normalised.append(nu)
+        absent.append(zero)
+    flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
+    flat_costs = {scope: _blank(table, scope, absent) for scope, table in flat_costs.items()}
+    centred, offsets = _centre(flat_costs, normalised)
+    return Problem(
+        costs=centred,
+        offsets=offsets,
+        marginals=normalised,
+        epsilon=flat(epsilon, 0),
+        batch=batch,
+        dtype=weights[0].dtype if dtype is None else dtype,
+    )
+
+
+def _check_marginals(marginals: Sequence[Tensor]) -> list[Tensor]:
+    expected = "a sequence of at least 2 tensors (*batch, K_i)"
+    if isinstance(marginals, Tensor) or not isinstance(marginals, Sequence):
+        raise TypeError(f"marginals must be {expected}; got {type(marginals).__name__}")
+    if len(marginals) < 2:
+        raise ValueError(f"marginals must be {expected}; got {len(marginals)}")
+    checked = []
+    for i, marginal in enumerate(marginals):
+        marginal = lift(check_tensor(f"marginals[{i}]", marginal, "(*batch, K)", 1))
+        if marginal.shape[-1] == 0:
+            raise ValueError(f"marginals[{i}] must have at least one entry; got K = 0")
+        checked.append(marginal)
+    return checked
+
+
+def _check_costs(costs: object, sizes: list[int]) -> dict[Scope, Tensor]:
+    count = len(sizes)
+    if isinstance(costs, Tensor):
+        table = lift(check_tensor("costs", costs, "(*batch, K_1, ..., K_M)", count))
+        if table.shape[table.ndim - count :] != tuple(sizes):
+            raise ValueError(
+                f"costs must end in the sizes of the marginals, {tuple(sizes)}; "
+                f"got {tuple(table.shape)}"
+            )
+        return {tuple(range(count)): table}
+    if not isinstance(costs, Mapping):
+        raise TypeError(
+            f"costs must be a mapping {{(i, j): tensor}} or one tensor (*batch, K_1, ..., K_M); "
+            f"got {type(costs).__name__}"
+        )
+    tables: dict[Scope, Tensor] = {}
+    for key, cost in costs.items():
+        if not _is_edge(key, count):
+            raise ValueError(
+                f"costs must have keys (i, j) with 0 <= i < j < {count}, the number of "
+                f"marginals; got {key!r}"
+            )
+        i, j = key
+        table = lift(check_tensor(f"costs[{key}]", cost, "(*batch, K_i, K_j)", 2))
+        if table.shape[-2:] != (sizes[i], sizes[j]):
+            raise ValueError(
+                f"costs[{key}] must have shape (*batch, {sizes[i]}, {sizes[j]}), as the "
+                f"marginals have; got {tuple(table.shape)}"
+            )
+        tables[key] = table
+    return tables
+
+
+def _is_edge(key: Any, count: int) -> bool:
+    return (
+        isinstance(key, tuple)
+        and len(key) == 2
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in key)
+        and 0 <= key[0] < key[1] < count
+    )
+
+
+def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(epsilon, Tensor):
+        check_positive("epsilon", epsilon)
+        return torch.tensor(float(epsilon), dtype=torch.float64, device=device)
+    check_tensor("epsilon", epsilon, "(*batch)", 0)
+    if epsilon.device != device:
+        raise ValueError(f"epsilon must be on the marginals' device {device}; got {epsilon.device}")
+    # Whether it is positive is not read here, which would synchronise; the result shows it.
+    return torch.where(epsilon > 0, epsilon, math.nan)
+
+
+def _common_batch(
+    tables: Mapping[Scope, Tensor], weights: Sequence[Tensor], epsilon: Tensor
+) -> torch.Size:
+    shapes = {f"costs[{scope}]": t.shape[: t.ndim - len(scope)] for scope, t in tables.items()}
+    shapes |= {f"marginals[{p}]": weight.shape[:-1] for p, weight in enumerate(weights)}
+    shapes["epsilon"] = epsilon.shape
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(
+            f"costs, marginals and epsilon must have batch dimensions that broadcast; "
+            f"got {described}"
+        ) from None
+
+
+def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a marginal of sum 1, and which of its atoms are absent.
+
+    A marginal without any mass is out: it becomes one atom, which (its costs being blanked)
+    costs nothing and adds no entropy. A negative mass becomes NaN.
+    """
+    zero = weight == 0
+    weight = torch.where(zero, 0.0, torch.where(weight > 0, weight, math.nan))
+    total = weight.sum(-1, keepdim=True)
+    out = total == 0
+    first = torch.zeros_like(weight)
+    first[..., 0] = 1
+    return torch.where(out, first, weight / torch.where(out, 1.0, total)), zero
+
+
+def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
+    """Set the cost of absent atoms to 0: whatever stands there cannot reach the result."""
+    for position, variable in enumerate(scope):
+        shape = [cost.shape[0]] + [1] * len(scope)
+        shape[1 + position] = cost.shape[1 + position]
+        cost = torch.where(absent[variable].reshape(shape), 0.0, cost)
+    return cost
+
+
+def _centre(
+    costs: Mapping[Scope, Tensor], marginals: Sequence[Tensor]
+) -> tuple[dict[Scope, Tensor], list[Tensor]]:
+    """Split each pairwise cost into a part of mean 0 in rows and columns and parts of one variable.
+
+    What depends on one variable alone moves into its potential and does not change the plan, so a
+    modality gap of any size costs no digits. The weights of the means are constants: any split is
+    exact.
+    """
+    offsets = [torch.zeros_like(marginal) for marginal in marginals]
+    centred: dict[Scope, Tensor] = {}
+    for scope, cost in costs.items():
+        if len(scope) != 2:
+            check_entries(cost.numel())
+            centred[scope] = cost
+            continue
+        i, j = scope
+        a, b = marginals[i].detach().unsqueeze(-1), marginals[j].detach().unsqueeze(-1)
+        rows = cost @ b
+        columns = cost.mT @ a
+        mean = (rows * a).sum(-2, keepdim=True)
+        centred[scope] = cost - rows - columns.mT + mean
+        offsets[i] = offsets[i] + (rows - mean / 2).squeeze(-1)
+        offsets[j] = offsets[j] + (columns - mean / 2).squeeze(-1)
+    return centred, offsets
+
+
+def cost_deviation(problem: Problem) -> Tensor:
+    """Return the standard deviation of the cost under independent marginals, `(B,)`."""
+    total = torch.zeros_like(problem.epsilon)
+    for scope, cost in problem.costs.items():
+        weights = torch.ones_like(cost)
+        for position, variable in enumerate(scope):
+            shape = [cost.shape[0]] + [1] * len(scope)
+            shape[1 + position] = cost.shape[1 + position]
+            weights = weights * problem.marginals[variable].reshape(shape)
+        dims = list(range(1, cost.ndim))
+        mean = (weights * cost).sum(dims, keepdim=True)
+        # Centred costs of different edges are uncorrelated: their variances add.
+        total = total + (weights * (cost - mean).square()).sum(dims)
+    return total.sqrt()
+
+
+def log_marginals(problem: Problem) -> list[Tensor]:
+    """Return log nu_p, with -inf at absent atoms."""
+    return [log(marginal) for marginal in problem.marginals]

@@ -1,0 +1,185 @@
+"""The solution of a transport problem, with exact gradients by implicit differentiation.
+
+The solver ends at potentials x without gradient. At the optimum r(x; C, nu, epsilon) = nu - m = 0,
+so by the implicit function theorem dx = H^-1 dr at fixed x, with H the matrix of the marginals
+and pairwise marginals :cite:`luise:18,eisenberger:22`. Adding H^-1 (r - r.detach()) to x gives it
+that gradient and leaves its value. The optimal value itself is stationary in x and needs no solve.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign.transport.elimination import check_entries, log_marginal, probabilities
+from multialign.transport.iterations import Iterate, dual_hessian, solve_hessian
+from multialign.transport.problem import Problem
+
+__all__ = ["TransportSolution"]
+
+# Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
+# potentials are not determined, and this keeps their gradient finite.
+_DAMPING = 1e-13
+
+
+class TransportSolution:
+    r"""Solution of a multi-marginal entropic transport problem.
+
+    Everything is read from the potentials :math:`f_p`; the plan over all M variables,
+
+    .. math:: T(k) = \exp\Big(\frac{\sum_p f_p(k_p) - C(k)}{\epsilon}\Big),
+
+    is built by :meth:`plan` alone. All floating-point results are differentiable in costs,
+    marginals and :math:`\epsilon` by implicit differentiation; `potentials`, `transport_cost`, the
+    marginals and the plan take one linear solve with a matrix over all atoms. First derivatives
+    are exact; second derivatives are not supported.
+
+    Returned by :func:`multi_marginal_sinkhorn`; not built by hand.
+
+    Attributes:
+        value: :math:`\langle T, C \rangle + \epsilon \sum T \log T`, :math:`(*\text{batch})`, in
+            cost units. It may be negative: the entropy term is.
+        iterations: Steps taken, :math:`(*\text{batch})`.
+        error: Sum over p of the L1 distance of the plan's marginal from :math:`\nu_p`,
+            :math:`(*\text{batch})`.
+        converged: Whether `error` is at most the tolerance, :math:`(*\text{batch})`.
+
+    References:
+        Eq. 7-8 of :cite:t:`decalign:26`; :cite:t:`luise:18` and :cite:t:`eisenberger:22` for the
+        gradients.
+
+    Example:
+        >>> import torch
+        >>> from multialign import multi_marginal_sinkhorn
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> half = torch.tensor([0.5, 0.5])
+        >>> solution = multi_marginal_sinkhorn({(0, 1): cost}, [half, half], epsilon=0.5)
+        >>> solution.plan()
+        tensor([[0.4404, 0.0596],
+                [0.0596, 0.4404]])
+        >>> solution.transport_cost
+        tensor(0.1192)
+    """
+
+    value: Tensor
+    iterations: Tensor
+    error: Tensor
+    converged: Tensor
+
+    def __init__(self, problem: Problem, iterate: Iterate, tolerance: float) -> None:
+        self._problem = problem
+        self._fixed = iterate.potentials
+        self._attached: list[Tensor] | None = None
+        self.iterations = problem.unflatten(iterate.iterations)
+        self.error = problem.unflatten(iterate.error)
+        self.converged = problem.unflatten(iterate.error <= tolerance)
+        self.value = problem.unflatten(self._dual_value())
+
+    def __repr__(self) -> str:
+        return (
+            f"TransportSolution(value={self.value}, iterations={self.iterations}, "
+            f"error={self.error}, converged={self.converged})"
+        )
+
+    @property
+    def potentials(self) -> list[Tensor]:
+        r"""M tensors :math:`(*\text{batch}, K_p)` in cost units, -inf at atoms of mass 0.
+
+        Constants may be moved between them; here each has the same mean under its marginal.
+        """
+        problem = self._problem
+        scaled = [problem.epsilon.unsqueeze(-1) * x for x in self._potentials()]
+        full = [f + offset for f, offset in zip(scaled, problem.offsets, strict=True)]
+        means = [
+            (nu * f).sum(-1, keepdim=True)
+            for nu, f in zip(problem.marginals, full, strict=True)
+        ]
+        common = torch.stack(means).mean(0)
+        return [
+            problem.unflatten(torch.where(nu == 0, -torch.inf, f - mean + common))
+            for nu, f, mean in zip(problem.marginals, full, means, strict=True)
+        ]
+
+    @property
+    def transport_cost(self) -> Tensor:
+        r""":math:`\langle T, C \rangle`, :math:`(*\text{batch})`, in cost units."""
+        problem = self._problem
+        count = len(problem.marginals)
+        singles = [(p,) for p in range(count)]
+        tables = self._probabilities([*problem.edges, *singles])
+        total = torch.zeros_like(problem.epsilon)
+        for scope, table in zip(problem.edges, tables, strict=False):
+            total = total + (table * problem.costs[scope]).flatten(1).sum(-1)
+        for offset, marginal in zip(problem.offsets, tables[-count:], strict=True):
+            total = total + (offset * marginal).sum(-1)
+        return problem.unflatten(total)
+
+    def marginal(self, i: int) -> Tensor:
+        r"""Return the marginal of the plan in variable i, :math:`(*\text{batch}, K_i)`."""
+        self._check_index("i", i)
+        return self._problem.unflatten(self._probabilities([(i,)])[0])
+
+    def pairwise_marginal(self, i: int, j: int) -> Tensor:
+        r"""Return the marginal in variables i and j, :math:`(*\text{batch}, K_i, K_j)`."""
+        self._check_index("i", i)
+        self._check_index("j", j)
+        if i == j:
+            raise ValueError(f"i and j must differ; got {i} and {j}")
+        table = self._probabilities([(min(i, j), max(i, j))])[0]
+        return self._problem.unflatten(table if i < j else table.mT)
+
+    def plan(self) -> Tensor:
+        r"""Return the dense plan, :math:`(*\text{batch}, K_1, \dots, K_M)`.
+
+        Raises:
+            MemoryError: It has more than 2^28 entries (2 GiB).
+        """
+        everything = tuple(range(len(self._problem.marginals)))
+        check_entries(self._problem.epsilon.numel() * torch.Size(self._problem.sizes).numel())
+        return self._problem.unflatten(self._probabilities([everything])[0])
+
+    def _dual_value(self) -> Tensor:
+        """Return the dual objective, whose gradient at fixed potentials is exact (Danskin)."""
+        problem = self._problem
+        factors = problem.factors(self._fixed, problem.epsilon)
+        value = -log_marginal(factors, ())
+        for x, nu in zip(self._fixed, problem.marginals, strict=True):
+            value = value + (x * nu).sum(-1)
+        value = problem.epsilon * value
+        for offset, nu in zip(problem.offsets, problem.marginals, strict=True):
+            value = value + (offset * nu).sum(-1)
+        return value
+
+    def _potentials(self) -> list[Tensor]:
+        """Return the potentials in units of epsilon, with their gradient where one is recorded."""
+        inputs = [*self._problem.costs.values(), *self._problem.marginals, self._problem.epsilon]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+            return self._fixed
+        if self._attached is None:
+            self._attached = self._attach()
+        return self._attached
+
+    def _attach(self) -> list[Tensor]:
+        problem = self._problem
+        factors = problem.factors(self._fixed, problem.epsilon)
+        found = probabilities(factors, [(p,) for p in range(len(problem.marginals))])
+        residual = torch.cat(problem.marginals, -1) - torch.cat(found, -1)
+        with torch.no_grad():
+            _, hessian = dual_hessian(problem, torch.cat(self._fixed, -1), problem.epsilon)
+            damping = torch.full_like(problem.epsilon, _DAMPING)
+        change = solve_hessian(problem.detach(), hessian, residual - residual.detach(), damping)
+        return [
+            x + step
+            for x, step in zip(self._fixed, change.split(problem.sizes, -1), strict=True)
+        ]
+
+    def _probabilities(self, scopes: list[Any]) -> list[Tensor]:
+        problem = self._problem
+        return probabilities(problem.factors(self._potentials(), problem.epsilon), scopes)
+
+    def _check_index(self, name: str, index: int) -> None:
+        count = len(self._problem.marginals)
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise ValueError(f"{name} must be an integer in 0..{count - 1}; got {index!r}")
