@@ -177,9 +177,10 @@ class GaussianMixture:
         """Return the log-densities of Eq. 4, `(*batch, N, K)`."""
         dim = x.shape[-1]
         if self.covariance_type == "spherical":
-            variance = self.covariances.unsqueeze(-2)
-            distance = squared_euclidean_cost(x, self.means) / variance
-            log_det = dim * variance.log()
+            deviation = self.covariances.sqrt().unsqueeze(-2)
+            # Divided twice: the square of a variance may leave the range in the gradient.
+            distance = squared_euclidean_cost(x, self.means) / deviation / deviation
+            log_det = 2 * dim * deviation.log()
         elif self.covariance_type == "diag":
             deviation = x.unsqueeze(-2) - self.means.unsqueeze(-3)
             distance = (deviation / self.covariances.sqrt().unsqueeze(-3)).square().sum(-1)

@@ -1,0 +1,99 @@
+"""Configuration of the documentation. Building it needs no network."""
+
+import os
+from importlib.resources import files
+
+import pybtex.plugin
+from pybtex.richtext import Text
+from pybtex.style.formatting.plain import Style as PlainStyle
+from pybtex.style.labels import BaseLabelStyle
+
+import multialign
+
+project = "multialign"
+author = "The multialign developers"
+copyright = author
+version = release = multialign.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+default_role = "code"
+
+# -- API ------------------------------------------------------------------------------------------
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+add_module_names = False
+
+# Links to Python's and torch's own pages are fetched from the network, so only on request.
+if os.environ.get("DOCS_INTERSPHINX"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
+
+# -- Formulas -------------------------------------------------------------------------------------
+# One file holds MathJax, its SVG output and its fonts, so nothing else is loaded to show a formula.
+mathjax_path = "tex-svg.js"
+mathjax3_config = {
+    "options": {"enableMenu": False},
+    "svg": {"fontCache": "global"},
+}
+
+# -- Bibliography ---------------------------------------------------------------------------------
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+bibtex_default_style = "author_year_list"
+
+
+class AuthorYearLabels(BaseLabelStyle):
+    """Labels such as "Feydy et al., 2019"."""
+
+    def format_labels(self, sorted_entries):
+        for entry in sorted_entries:
+            names = [" ".join(person.last_names) for person in entry.persons["author"]]
+            if len(names) > 2:
+                names = [f"{names[0]} et al."]
+            yield str(Text.from_latex(f"{' and '.join(names)}, {entry.fields['year']}"))
+
+
+class AuthorYearList(PlainStyle):
+    """Plain entries under author-year labels."""
+
+    default_label_style = AuthorYearLabels
+
+
+pybtex.plugin.register_plugin("pybtex.style.formatting", "author_year_list", AuthorYearList)
+
+# -- Pages ----------------------------------------------------------------------------------------
+html_theme = "furo"
+html_title = f"multialign {release}"
+html_static_path = ["_static", str(files("mathjax") / "static/mathjax/es5/tex-svg.js")]
+html_css_files = ["custom.css"]
+html_show_sourcelink = False
+html_copy_source = False
+
+
+def hide_constructor(app, what, name, obj, options, signature, return_annotation):
+    """Leave out the signature of what is only returned, never built by the user."""
+    return ("", None) if name == "multialign.TransportSolution" else None
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", hide_constructor)

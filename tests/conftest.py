@@ -1,0 +1,25 @@
+"""Options and defaults of the whole suite: float64 on the CPU, one seed a test."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The tensors here are tiny: a second thread has nothing to do but to be waited for.
+torch.set_num_threads(1)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device that the tests run on")
+
+
+@pytest.fixture(autouse=True)
+def defaults(request):
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device(request.config.getoption("--device"))
+    torch.manual_seed(0)
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,334 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as SklearnMixture
+from torch.autograd import gradcheck
+
+from multialign import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
+from tests import reference
+
+TYPES = ("diag", "full", "tied", "spherical")
+
+
+def random_mixture(count, dim, covariance_type, batch=()):
+    shape = {"diag": (count, dim), "full": (count, dim, dim), "tied": (dim, dim), "spherical": (count,)}
+    size = (*batch, *shape[covariance_type])
+    covariances = torch.rand(size) + 0.5
+    if covariance_type in ("full", "tied"):
+        factor = torch.randn(size)
+        covariances = factor @ factor.mT + torch.eye(dim)
+    return GaussianMixture(
+        weights=torch.rand(*batch, count).softmax(-1),
+        means=2 * torch.randn(*batch, count, dim),
+        covariances=covariances,
+        covariance_type=covariance_type,
+    )
+
+
+def dense_covariances(mixture):
+    covariances = mixture.component_covariances()
+    return covariances if covariances.ndim > mixture.means.ndim else torch.diag_embed(covariances)
+
+
+def to_sklearn(mixture):
+    """Sklearn's mixture that starts where ours does."""
+    precisions = mixture.covariances
+    precisions = precisions.inverse() if mixture.covariance_type in ("full", "tied") else 1 / precisions
+    return {
+        "n_components": mixture.num_components,
+        "covariance_type": mixture.covariance_type,
+        "weights_init": mixture.weights.numpy(),
+        "means_init": mixture.means.numpy(),
+        "precisions_init": precisions.numpy(),
+    }
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize(("count", "dim"), [(1, 1), (3, 2), (4, 5)])
+def test_density_and_posterior_match_scipy(covariance_type, count, dim):
+    mixture = random_mixture(count, dim, covariance_type)
+    x = torch.randn(20, dim)
+    parameters = [t.numpy() for t in (mixture.weights, mixture.means, dense_covariances(mixture))]
+    density = sum(w * multivariate_normal(m, c).pdf(x.numpy()) for w, m, c in zip(*parameters))
+    torch.testing.assert_close(mixture.log_prob(x).exp().numpy(), density, rtol=1e-9, atol=1e-300)
+    expected = reference.posterior(x.numpy(), *parameters)
+    torch.testing.assert_close(mixture.posterior(x).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_sample_has_the_moments_of_the_mixture(covariance_type):
+    mixture = random_mixture(3, 2, covariance_type)
+    x = mixture.sample(200_000, generator=torch.Generator().manual_seed(0))
+    mean = mixture.weights @ mixture.means
+    deviation = mixture.means - mean
+    covariance = torch.einsum("k,kij->ij", mixture.weights, dense_covariances(mixture))
+    covariance = covariance + torch.einsum("k,ki,kj->ij", mixture.weights, deviation, deviation)
+    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=3e-2)
+    torch.testing.assert_close(x.T.cov(), covariance, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_fit_follows_sklearn_step_by_step(covariance_type):
+    x = random_mixture(3, 4, covariance_type).sample(300)
+    start = random_mixture(3, 4, covariance_type)
+    for steps in (1, 5, 40):
+        # Ours is relative to the variance of the data, theirs absolute.
+        floor = 1e-6 * float(x.var(0, correction=0).mean())
+        theirs = SklearnMixture(**to_sklearn(start), max_iter=steps, tol=0.0, reg_covar=floor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            theirs.fit(x.numpy())
+        ours = fit_gaussian_mixture(
+            x, 3, covariance_type=covariance_type, init=start, iterations=steps, tolerance=0.0
+        )
+        torch.testing.assert_close(ours.weights.numpy(), theirs.weights_, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours.means.numpy(), theirs.means_, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours.covariances.numpy(), theirs.covariances_, rtol=1e-6, atol=1e-9)
+
+
+def test_stops_where_sklearn_stops():
+    x = random_mixture(2, 2, "diag").sample(200)
+    start = random_mixture(2, 2, "diag")
+    floor = 1e-6 * float(x.var(0, correction=0).mean())
+    theirs = SklearnMixture(**to_sklearn(start), tol=1e-3, reg_covar=floor).fit(x.numpy())
+    assert 1 < theirs.n_iter_ < 100
+    ours = fit_gaussian_mixture(x, 2, init=start)
+    torch.testing.assert_close(ours.means.numpy(), theirs.means_, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_weights_count_as_repetitions(covariance_type):
+    x, start = torch.randn(20, 3), random_mixture(2, 3, covariance_type)
+    weights = torch.randint(0, 3, (20,))
+    options = {"covariance_type": covariance_type, "init": start, "iterations": 5}
+    ours = fit_gaussian_mixture(x, 2, weights=weights, **options)
+    expected = fit_gaussian_mixture(x.repeat_interleave(weights, 0), 2, **options)
+    torch.testing.assert_close(ours.means, expected.means)
+    torch.testing.assert_close(ours.covariances, expected.covariances)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_batch_equals_loop(covariance_type):
+    x, start = torch.randn(4, 30, 3), random_mixture(2, 3, covariance_type, batch=(4,))
+    options = {"covariance_type": covariance_type, "iterations": 50, "tolerance": 1e-2}
+    batched = fit_gaussian_mixture(x, 2, init=start, **options)
+    for b in range(4):
+        one = GaussianMixture(
+            weights=start.weights[b],
+            means=start.means[b],
+            covariances=start.covariances[b],
+            covariance_type=covariance_type,
+        )
+        single = fit_gaussian_mixture(x[b], 2, init=one, **options)
+        torch.testing.assert_close(batched.means[b], single.means)
+        torch.testing.assert_close(batched.covariances[b], single.covariances)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("init", ["kmeans++", "random", "mixture"])
+def test_gradients_through_all_steps(covariance_type, init):
+    x = torch.randn(8, 2, requires_grad=True)
+    start = random_mixture(2, 2, covariance_type)
+
+    def fit(x):
+        mixture = fit_gaussian_mixture(
+            x,
+            2,
+            covariance_type=covariance_type,
+            init=start if init == "mixture" else init,
+            iterations=3,
+            tolerance=0.0,
+            generator=torch.Generator().manual_seed(3),
+        )
+        return mixture.weights, mixture.means, mixture.covariances, mixture.posterior(x)
+
+    assert gradcheck(fit, (x,))
+
+
+def test_last_differentiates_one_step_from_a_constant_state():
+    x = torch.randn(12, 2, requires_grad=True)
+    start = random_mixture(2, 2, "diag")
+    options = {"init": start, "tolerance": 0.0}
+    last = fit_gaussian_mixture(x, 2, iterations=4, differentiate="last", **options)
+    before = fit_gaussian_mixture(x.detach(), 2, iterations=3, **options)
+    one = fit_gaussian_mixture(x, 2, init=before, iterations=1, tolerance=0.0)
+    torch.testing.assert_close(last.means, one.means)
+    (grad,) = torch.autograd.grad(last.means.square().sum(), x)
+    (expected,) = torch.autograd.grad(one.means.square().sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_none_carries_no_gradient():
+    x = torch.randn(12, 2, requires_grad=True)
+    assert not fit_gaussian_mixture(x, 2, differentiate="none").means.requires_grad
+    with torch.no_grad():
+        assert not fit_gaussian_mixture(x, 2).means.requires_grad
+    assert fit_gaussian_mixture(x, 2).means.requires_grad
+
+
+DEGENERATE = {
+    "fewer samples than components": torch.tensor([[0.0, 1.0], [2.0, 3.0]]),
+    "one sample": torch.tensor([[1.0, 2.0]]),
+    "all equal": torch.full((6, 2), 0.1),
+    "duplicates": torch.tensor([[0.0, 0.0]] * 28 + [[1.0, 1.0], [1.0, 2.0]]),
+    "constant feature": torch.stack([torch.linspace(0, 1, 9), torch.full((9,), 0.3)], -1),
+    "tiny": torch.linspace(-1, 1, 20).reshape(10, 2) ** 3 * 1e-18,
+    "huge": torch.linspace(-1, 1, 20).reshape(10, 2) ** 3 * 1e18,
+    "far away": torch.linspace(-1, 1, 20).reshape(10, 2) ** 3 + 1e4,
+}
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_data(case, dtype, init, covariance_type):
+    x = DEGENERATE[case].to(dtype, copy=True).requires_grad_()
+    mixture = fit_gaussian_mixture(x, 4, covariance_type=covariance_type, init=init, iterations=10)
+    outputs = (mixture.weights, mixture.means, mixture.covariances, mixture.posterior(x))
+    assert all(output.isfinite().all() for output in outputs)
+    torch.testing.assert_close(mixture.weights.sum(), torch.ones((), dtype=dtype))
+    scale = x.detach().abs().max()
+    (mixture.means.sum() / scale + (mixture.posterior(x)[:, 0]).sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_no_samples_at_all(init):
+    mixture = fit_gaussian_mixture(torch.zeros(0, 3), 2, init=init)
+    assert mixture.means.isfinite().all()
+    masked = fit_gaussian_mixture(torch.full((4, 3), torch.nan), 2, weights=torch.zeros(4), init=init)
+    assert masked.means.isfinite().all()
+
+
+def test_seeds_do_not_depend_on_the_order_of_the_batch():
+    x, order = torch.randn(50, 3), torch.randperm(50)
+    fits = [
+        fit_gaussian_mixture(rows, 5, generator=torch.Generator().manual_seed(1)) for rows in (x, x[order])
+    ]
+    torch.testing.assert_close(fits[0].means, fits[1].means)
+
+
+def test_kmeans_plus_plus_finds_separated_clusters():
+    centres = 100 * torch.eye(5)
+    x = centres.repeat(20, 1) + 0.1 * torch.randn(100, 5)
+    mixture = fit_gaussian_mixture(x, 5)
+    nearest = torch.cdist(centres, mixture.means).amin(1)
+    assert (nearest < 1).all()
+
+
+def test_scaling_the_data_scales_the_mixture():
+    x = torch.randn(40, 3)
+    small, large = (
+        fit_gaussian_mixture(s * x, 3, generator=torch.Generator().manual_seed(0)) for s in (1.0, 1024.0)
+    )
+    torch.testing.assert_close(large.means, 1024.0 * small.means)
+    torch.testing.assert_close(large.covariances, 1024.0**2 * small.covariances)
+
+
+def test_nan_reaches_the_mixture():
+    x = torch.randn(10, 2)
+    x[3, 1] = torch.nan
+    assert not fit_gaussian_mixture(x, 2).means.isfinite().all()
+    for covariance_type in TYPES:
+        mixture = fit_gaussian_mixture(x, 2, covariance_type=covariance_type)
+        assert not mixture.log_prob(x).isfinite().all()
+
+
+class TestPrototypes:
+    def test_without_momentum_it_is_the_fit(self):
+        x = torch.randn(30, 3)
+        module = GaussianPrototypes(4, em_iterations=6, generator=torch.Generator().manual_seed(0))
+        expected = fit_gaussian_mixture(
+            x, 4, iterations=6, tolerance=0.0, generator=torch.Generator().manual_seed(0)
+        )
+        torch.testing.assert_close(module(x).means, expected.means)
+        assert not module.state_dict()
+
+    @pytest.mark.parametrize("covariance_type", TYPES)
+    def test_merging_keeps_the_moments_of_the_pair(self, covariance_type):
+        module = GaussianPrototypes(2, covariance_type=covariance_type, momentum=0.3, em_iterations=3)
+        module(torch.randn(40, 3))
+        old, x = module.running, torch.randn(30, 3) + 0.5
+        new = fit_gaussian_mixture(
+            x, 2, covariance_type=covariance_type, init=old, iterations=3, tolerance=0.0
+        )
+        merged = module(x)
+
+        def overall(mixture):
+            mean = mixture.weights @ mixture.means
+            second = torch.einsum("k,ki,kj->ij", mixture.weights, mixture.means, mixture.means)
+            return mean, second + torch.einsum("k,kij->ij", mixture.weights, dense_covariances(mixture))
+
+        mean, second = (0.7 * a + 0.3 * b for a, b in zip(overall(old), overall(new)))
+        torch.testing.assert_close(merged.weights.sum(), torch.tensor(1.0))
+        torch.testing.assert_close(overall(merged)[0], mean)
+        if covariance_type in ("full", "tied"):
+            torch.testing.assert_close(overall(merged)[1], second)
+        elif covariance_type == "diag":
+            torch.testing.assert_close(overall(merged)[1].diagonal(), second.diagonal())
+        else:
+            torch.testing.assert_close(overall(merged)[1].trace(), second.trace())
+
+    def test_eval_mode_returns_the_running_mixture(self):
+        module = GaussianPrototypes(3, momentum=0.5)
+        module(torch.randn(20, 2))
+        before = copy.deepcopy(module.state_dict())
+        module.eval()
+        mixture = module(torch.randn(20, 2) + 5)
+        torch.testing.assert_close(mixture.means, before["running_means"])
+        torch.testing.assert_close(module.state_dict(), before)
+
+    def test_gradient_reaches_the_batch_and_not_the_past(self):
+        module = GaussianPrototypes(3, momentum=0.5)
+        past = torch.randn(20, 2, requires_grad=True)
+        module(past)
+        x = torch.randn(20, 2, requires_grad=True)
+        module(x).means.sum().backward()
+        assert past.grad is None
+        assert x.grad.abs().sum() > 0
+
+    def test_state_dict_round_trip(self):
+        module = GaussianPrototypes(3, momentum=0.5)
+        module(torch.randn(20, 2))
+        other = GaussianPrototypes(3, momentum=0.5)
+        other.load_state_dict(module.state_dict())
+        torch.testing.assert_close(other.eval()(torch.zeros(1, 2)).means, module.running_means)
+
+    def test_an_empty_batch_leaves_the_running_mixture(self):
+        module = GaussianPrototypes(2, momentum=0.5)
+        absent = torch.zeros(8)
+        module(torch.randn(8, 2), absent)
+        assert module.running is None
+        module(torch.randn(8, 2))
+        before = copy.deepcopy(module.state_dict())
+        module(torch.randn(8, 2), absent)
+        torch.testing.assert_close(module.state_dict(), before)
+
+
+def test_errors():
+    x = torch.randn(5, 2)
+    with pytest.raises(ValueError, match="covariance_type must be one of .* got 'round'"):
+        fit_gaussian_mixture(x, 2, covariance_type="round")
+    with pytest.raises(ValueError, match="num_components must be an integer >= 1; got 0"):
+        fit_gaussian_mixture(x, 0)
+    with pytest.raises(TypeError, match="num_components must be an integer >= 1; got 2.0"):
+        fit_gaussian_mixture(x, 2.0)
+    with pytest.raises(ValueError, match="init must be one of 'kmeans\\+\\+', 'random'; got 'k-means'"):
+        fit_gaussian_mixture(x, 2, init="k-means")
+    with pytest.raises(ValueError, match=r"init must have means of shape \(3, 2\); got \(2, 2\)"):
+        fit_gaussian_mixture(x, 3, init=random_mixture(2, 2, "diag"))
+    with pytest.raises(ValueError, match='init must be a mixture of covariance_type="diag"; got "full"'):
+        fit_gaussian_mixture(x, 2, init=random_mixture(2, 2, "full"))
+    with pytest.raises(ValueError, match="weights\\[0\\] must have shape \\(5,\\); got \\(4,\\)"):
+        fit_gaussian_mixture(x, 2, weights=torch.ones(4))
+    with pytest.raises(ValueError, match='covariances must have shape \\(2, 3, 3\\) for covariance_type="full"'):
+        GaussianMixture(weights=torch.ones(2), means=torch.ones(2, 3), covariances=torch.ones(2, 3), covariance_type="full")
+    with pytest.raises(ValueError, match="must agree in batch and D with the means"):
+        random_mixture(2, 3, "diag").log_prob(x)
+    with pytest.raises(ValueError, match=r"momentum must be None or in \(0, 1\]; got 2.0"):
+        GaussianPrototypes(3, momentum=2.0)

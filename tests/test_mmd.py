@@ -1,0 +1,117 @@
+import geomloss
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from multialign import MMDLoss, mmd_loss
+from tests import reference
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (40, 3), (5, 17, 40), (2, 3, 4, 5), (7, 7, 7, 7, 7)])
+@pytest.mark.parametrize("bandwidth", [1.0, 2, [0.5, 1.0, 4.0], "median"])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_matches_oracle(sizes, bandwidth, estimator):
+    features = [torch.randn(n, 4) + m / 2 for m, n in enumerate(sizes)]
+    weights = [torch.rand(n) for n in sizes]
+    arrays = [x.numpy() for x in features]
+    sigmas = [reference.median_distance(arrays)] if bandwidth == "median" else bandwidth
+    sigmas = sigmas if isinstance(sigmas, list) else [sigmas]
+    for given in (None, weights):
+        loss = mmd_loss(features, given, bandwidth=bandwidth, estimator=estimator)
+        expected = reference.mmd(arrays, sigmas, estimator, given)
+        torch.testing.assert_close(loss.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, [0.5, 2.0]])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased", "random_features"])
+def test_gradients(bandwidth, estimator):
+    features = [torch.randn(n, 3, requires_grad=True) for n in (4, 5, 6)]
+    weight = torch.rand(4, requires_grad=True)
+
+    def loss(x, y, z, w):
+        return mmd_loss(
+            [x, y, z],
+            [w, None, None],
+            bandwidth=bandwidth,
+            estimator=estimator,
+            num_features=7,
+            generator=torch.Generator().manual_seed(1),
+        )
+
+    assert gradcheck(loss, (*features, weight))
+
+
+def test_median_carries_no_gradient():
+    x, y = torch.randn(5, 2, requires_grad=True), torch.randn(6, 2)
+    sigma = reference.median_distance([x.detach().numpy(), y.numpy()])
+    (by_median,) = torch.autograd.grad(mmd_loss([x, y], bandwidth="median"), x)
+    (by_number,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=float(sigma)), x)
+    torch.testing.assert_close(by_median, by_number)
+
+
+def test_median_skips_absent_samples():
+    x, y = torch.randn(5, 2), torch.randn(6, 2)
+    padded = torch.cat([x, torch.full((2, 2), torch.nan)])
+    mask = torch.tensor([True] * 5 + [False] * 2)
+    torch.testing.assert_close(
+        mmd_loss([padded, y], [mask, None], bandwidth="median"), mmd_loss([x, y], bandwidth="median")
+    )
+
+
+def test_random_features_approach_the_biased_estimate():
+    x, y = torch.randn(30, 3), torch.randn(40, 3) + 1
+    generator = torch.Generator().manual_seed(0)
+    options = {"bandwidth": [1.0, 2.0]}
+    approximate = mmd_loss(
+        [x, y], **options, estimator="random_features", num_features=200_000, generator=generator
+    )
+    torch.testing.assert_close(approximate, mmd_loss([x, y], **options), rtol=2e-2, atol=0)
+
+
+def test_agrees_with_geomloss():
+    # geomloss: half the squared MMD, kernel exp(-|x-y|^2 / (2 blur^2))
+    x, y = torch.randn(20, 3), torch.randn(30, 3)
+    theirs = geomloss.SamplesLoss("gaussian", blur=0.7, backend="tensorized")(x, y)
+    torch.testing.assert_close(mmd_loss([x, y], bandwidth=0.7), 2 * theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [7, 1300])  # direct differences, and the matrix product
+def test_zero_at_equality_and_never_far_below(dtype, size):
+    x = torch.randn(size, 5, dtype=dtype)
+    assert mmd_loss([x, x.clone(), x.clone()]) == 0
+    assert mmd_loss([x, x + 1e-3]) > -1e-6
+
+
+def test_large_offset_costs_nothing():
+    x, y = torch.randn(50, 4).float(), torch.randn(60, 4).float() + 1
+    offset = 2.0**13
+    moved = [(x + offset), (y + offset)]
+    exact = mmd_loss([m.double() - offset for m in moved])
+    torch.testing.assert_close(mmd_loss(moved).double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_all_points_equal():
+    x = torch.ones(4, 2, requires_grad=True)
+    loss = mmd_loss([x, torch.ones(3, 2)], bandwidth="median")
+    loss.backward()
+    assert loss == 0
+    assert (x.grad == 0).all()
+
+
+def test_errors():
+    x = torch.ones(4, 2)
+    with pytest.raises(ValueError, match='"unbiased" needs at least 2 .* features\\[1\\] has N = 1'):
+        mmd_loss([x, x[:1]], estimator="unbiased")
+    with pytest.raises(ValueError, match="bandwidth must be a finite number > 0; got -1.0"):
+        MMDLoss(bandwidth=-1.0)
+    with pytest.raises(ValueError, match="bandwidth must hold at least one number"):
+        MMDLoss(bandwidth=[])
+    with pytest.raises(ValueError, match="must be one of 'median'; got 'mean'"):
+        MMDLoss(bandwidth="mean")
+    with pytest.raises(TypeError, match="bandwidth must be a finite number > 0; got None"):
+        MMDLoss(bandwidth=None)
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        MMDLoss(estimator="exact")
+    with pytest.raises(ValueError, match="num_features must be an integer >= 1; got 0"):
+        MMDLoss(num_features=0)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from multialign import GaussianMomentLoss, gaussian_moment_loss
+from tests import reference
+
+MOMENTS = ("mean", "covariance", "skewness")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (40, 3), (5, 17, 40), (2, 3, 4, 5), (7, 7, 7, 7, 7)])
+@pytest.mark.parametrize("names", [MOMENTS, ("mean",), ("covariance",), ("skewness",), ("skewness", "mean")])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_matches_oracle(sizes, names, reduction):
+    features = [2 * torch.randn(n, 4) + m for m, n in enumerate(sizes)]
+    weights = [torch.rand(n) for n in sizes]
+    for given in (None, weights):
+        loss = gaussian_moment_loss(features, given, moments=names, feature_reduction=reduction)
+        expected = reference.gaussian_moment([x.numpy() for x in features], names, reduction, given)
+        torch.testing.assert_close(loss.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("names", [MOMENTS, ("mean",), ("covariance",), ("skewness",)])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradients(names, reduction):
+    features = [torch.randn(n, 3, requires_grad=True) for n in (4, 5, 6)]
+    weight = torch.rand(4, requires_grad=True)
+
+    def loss(x, y, z, w):
+        return gaussian_moment_loss(
+            [x, y, z], [w, None, None], moments=names, feature_reduction=reduction
+        )
+
+    assert gradcheck(loss, (*features, weight))
+
+
+def test_constant_feature_has_no_skewness_and_finite_gradient():
+    x = torch.randn(8, 3).float()
+    x[:, 1] = 0.1  # not exact in binary: a mean taken carelessly leaves a deviation
+    x.requires_grad_()
+    loss = gaussian_moment_loss([x, torch.zeros(1, 3).float()], moments=["skewness"])
+    loss.backward()
+    expected = reference.moments(x.detach().double().numpy()[:, [0, 2]])["skewness"]
+    torch.testing.assert_close(loss.item(), (expected**2).sum() / 2, rtol=1e-4, atol=1e-6)
+    assert (x.grad[:, 1] == 0).all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (3, 2)])
+def test_few_samples(sizes):
+    features = [torch.randn(n, 6, requires_grad=True) for n in sizes]
+    loss = gaussian_moment_loss(features)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(x.grad.isfinite().all() for x in features)
+
+
+def test_an_offset_costs_no_accuracy():
+    features = [torch.randn(50, 3).float(), torch.randn(60, 3).float()]
+    names = ["covariance", "skewness"]
+    moved = gaussian_moment_loss([x + 2.0**13 for x in features], moments=names)
+    # 2^13 leaves float32 features with an error of 5e-4 of their own
+    torch.testing.assert_close(moved, gaussian_moment_loss(features, moments=names), rtol=1e-2, atol=0)
+
+
+def test_duplicating_the_batch_changes_nothing():
+    features = [torch.randn(5, 3), torch.randn(6, 3)]
+    torch.testing.assert_close(
+        gaussian_moment_loss([torch.cat([x, x]) for x in features]), gaussian_moment_loss(features)
+    )
+
+
+def test_zero_eps_is_finite_for_a_constant_feature():
+    x = torch.ones(4, 2, requires_grad=True)
+    gaussian_moment_loss([x, torch.randn(4, 2)], eps=0.0).backward()
+    assert x.grad.isfinite().all()
+
+
+def test_errors():
+    x = torch.ones(4, 2)
+    with pytest.raises(ValueError, match="each of moments must be one of .* got 'kurtosis'"):
+        GaussianMomentLoss(moments=["kurtosis"])
+    with pytest.raises(ValueError, match="non-empty sequence"):
+        GaussianMomentLoss(moments="mean")
+    with pytest.raises(ValueError, match="feature_reduction must be one of"):
+        gaussian_moment_loss([x, x], feature_reduction="max")
+    with pytest.raises(ValueError, match="eps must be a finite number >= 0; got -1"):
+        gaussian_moment_loss([x, x], eps=-1)
