@@ -54,6 +54,7 @@ clean: ## Remove everything the verbs made, except runs/
 # One environment for everything, one stamp for each set of extras of pyproject.toml in it. Torch
 # comes first and alone: what follows then finds it there and does not choose another build.
 $(VENV)/.installed-torch: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "PYTHON must be 3.10 or newer")'
 	@echo "Installing torch into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch

@@ -50,7 +50,9 @@ def check_tensor(name: str, value: object, shape: str, min_dims: int) -> Tensor:
     return value
 
 
-def check_tensors(name: str, values: object, shape: str, min_dims: int, minimum: int) -> list[Tensor]:
+def check_tensors(
+    name: str, values: object, shape: str, min_dims: int, minimum: int
+) -> list[Tensor]:
     """Return `values`, a sequence or a tensor stacked along its first dimension, as a list.
 
     Half-precision tensors come back in float32; after that all must share a dtype and a device.
@@ -172,9 +174,7 @@ def check_weights(
         if weight.is_complex():
             raise TypeError(f"weights[{m}] must be boolean or non-negative; got {weight.dtype}")
         if weight.shape != expected:
-            raise ValueError(
-                f"weights[{m}] must have shape {expected}; got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"weights[{m}] must have shape {expected}; got {tuple(weight.shape)}")
         if weight.device != x.device:
             raise ValueError(
                 f"weights[{m}] must be on the features' device {x.device}; got {weight.device}"

@@ -40,7 +40,8 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from multialign import squared_euclidean_cost
-        >>> squared_euclidean_cost(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+        >>> origin = torch.zeros(1, 2)
+        >>> squared_euclidean_cost(origin, torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
         tensor([[25.,  1.]])
     """
     x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
@@ -101,9 +102,7 @@ def bures_wasserstein_cost(
     """
     means_i, covariances_i = _check_gaussians("i", means_i, covariances_i)
     means_j, covariances_j = _check_gaussians("j", means_j, covariances_j)
-    check_alike(
-        "means and covariances", [means_i, covariances_i, means_j, covariances_j]
-    )
+    check_alike("means and covariances", [means_i, covariances_i, means_j, covariances_j])
     cost = squared_euclidean_cost(means_i, means_j)
     with full_precision(cost):
         if covariances_i.ndim == covariances_j.ndim == means_i.ndim:
@@ -226,7 +225,8 @@ class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor) -> Tensor:
         matrix, poison = _poison(matrix)
-        return torch.linalg.svdvals(matrix).sum(-1) + poison[..., 0, 0]
+        norm: Tensor = torch.linalg.svdvals(matrix).sum(-1) + poison[..., 0, 0]
+        return norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -236,7 +236,8 @@ class _NuclearNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (matrix,) = ctx.saved_tensors
         factor: Tensor = _PolarFactor.apply(matrix)
-        return grad[..., None, None] * factor
+        result: Tensor = grad[..., None, None] * factor
+        return result
 
 
 class _PolarFactor(torch.autograd.Function):
@@ -248,7 +249,8 @@ class _PolarFactor(torch.autograd.Function):
     def forward(matrix: Tensor) -> Tensor:
         matrix, poison = _poison(matrix)
         u, _, vh = torch.linalg.svd(matrix)
-        return u @ vh + poison
+        factor: Tensor = u @ vh + poison
+        return factor
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -260,7 +262,8 @@ class _PolarFactor(torch.autograd.Function):
         matrix, factor = ctx.saved_tensors
         stretch = factor.mT @ matrix
         w: Tensor = _Lyapunov.apply((stretch + stretch.mT) / 2, factor.mT @ grad)
-        return factor @ (w - w.mT)
+        result: Tensor = factor @ (w - w.mT)
+        return result
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,5 +276,6 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _poison(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Replace matrices that LAPACK would refuse; return them with NaN for those, 0 for the rest."""
     finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    safe = torch.where(finite, matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    safe = torch.where(finite, matrix, identity)
     return safe, torch.where(finite, 0.0, torch.nan).to(matrix.dtype)

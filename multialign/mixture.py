@@ -100,7 +100,7 @@ class GaussianMixture:
             )
         if self.covariances.shape != expected:
             raise ValueError(
-                f'covariances must have shape {expected} for covariance_type='
+                f"covariances must have shape {expected} for covariance_type="
                 f'"{self.covariance_type}"; got {tuple(self.covariances.shape)}'
             )
 
@@ -142,8 +142,10 @@ class GaussianMixture:
         if covariances.ndim == self.means.ndim:
             return means + covariances.gather(-2, index).sqrt() * noise
         factors = torch.linalg.cholesky_ex(covariances).L
-        index = component[..., None, None].expand(*batch, n, dim, dim)
-        return means + (factors.gather(-3, index) @ noise.unsqueeze(-1)).squeeze(-1)
+        shaped = noise.unsqueeze(-3) @ factors.mT
+        index = index.unsqueeze(-3)
+        chosen: Tensor = shaped.gather(-3, index).squeeze(-3)
+        return means + chosen
 
     def component_covariances(self) -> Tensor:
         r"""Return one covariance a component, as :func:`bures_wasserstein_cost` takes them.
@@ -456,8 +458,7 @@ def choose_rows(
     on the order of the batch.
     """
     with torch.no_grad():
-        *batch, rows, dim = x.shape
-        direction = torch.randn(dim, generator=generator, device=x.device).to(x.dtype)
+        direction = torch.randn(x.shape[-1], generator=generator, device=x.device).to(x.dtype)
         order = (x @ direction).argsort(-1)
         x, mass = take_rows(x, order), mass.gather(-1, order)
         if init == "random":
@@ -467,9 +468,7 @@ def choose_rows(
         return order.gather(-1, chosen)
 
 
-def _draw_far(
-    x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None
-) -> Tensor:
+def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     *batch, rows, _ = x.shape
     draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype)
     nearest = torch.ones_like(mass)
@@ -637,11 +636,12 @@ def _merge(
 
 def _where(condition: Tensor, yes: GaussianMixture, no: GaussianMixture) -> GaussianMixture:
     """Choose between two mixtures for each problem of the batch."""
-    chosen = {}
+    chosen: dict[str, Tensor] = {}
     for name in ("weights", "means", "covariances"):
         a, b = getattr(yes, name), getattr(no, name)
-        chosen[name] = torch.where(condition.reshape(*condition.shape, *[1] * (a.ndim - condition.ndim)), a, b)
-    return replace(yes, **chosen)
+        shape = (*condition.shape, *[1] * (a.ndim - condition.ndim))
+        chosen[name] = torch.where(condition.reshape(shape), a, b)
+    return GaussianMixture(**chosen, covariance_type=yes.covariance_type)
 
 
 def _standardise(mixture: GaussianMixture, origin: Tensor, scale: Tensor) -> GaussianMixture:
@@ -713,7 +713,5 @@ def _check_start(
         )
     expected = (*x.shape[:-2], num_components, x.shape[-1])
     if init.means.shape != expected:
-        raise ValueError(
-            f"init must have means of shape {expected}; got {tuple(init.means.shape)}"
-        )
+        raise ValueError(f"init must have means of shape {expected}; got {tuple(init.means.shape)}")
     check_alike("x and the means of init", [x, init.means])

@@ -22,7 +22,7 @@ __all__ = ["GaussianMomentLoss", "gaussian_moment_loss"]
 Moment = Literal["mean", "covariance", "skewness"]
 FeatureReduction = Literal["sum", "mean"]
 
-MOMENTS = ("mean", "covariance", "skewness")
+MOMENTS: tuple[Moment, ...] = ("mean", "covariance", "skewness")
 
 
 def gaussian_moment_loss(

@@ -354,12 +354,14 @@ class PrototypeAlignmentLoss(nn.Module):
         )
 
     def _models(self, counts: Sequence[int]) -> list[GaussianPrototypes]:
+        if self.momentum is None and len(self.prototypes) != len(counts):
+            self.prototypes = nn.ModuleList()  # nothing is remembered: M may change
         if len(self.prototypes) == 0:
-            for count in counts:
-                self.prototypes.append(self._model(count))
+            self.prototypes.extend(self._model(count) for count in counts)
         if len(self.prototypes) != len(counts):
             raise ValueError(
-                f"features must have the {len(self.prototypes)} modalities of the first call; "
+                f"features must have the {len(self.prototypes)} modalities whose prototypes are "
+                f"remembered; "
                 f"got {len(counts)}"
             )
         return [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
@@ -426,9 +428,7 @@ def _fit(
             for name in ("weights", "means", "covariances")
         }
         start = GaussianMixture(**fields, covariance_type=options.covariance_type)
-        joint = fit(
-            torch.stack(samples.features), torch.stack(samples.masses), counts[0], start
-        )
+        joint = fit(torch.stack(samples.features), torch.stack(samples.masses), counts[0], start)
         return [
             GaussianMixture(
                 weights=joint.weights[m],
@@ -446,9 +446,7 @@ def _fit(
     ]
 
 
-def _seeds(
-    samples: Samples, counts: Sequence[int], options: _Options
-) -> list[GaussianMixture]:
+def _seeds(samples: Samples, counts: Sequence[int], options: _Options) -> list[GaussianMixture]:
     """Return a mixture to start from for each modality, from k-means++ rows."""
     samples = pad_empty(samples)
 
@@ -486,9 +484,7 @@ def _joint_samples(samples: Samples) -> tuple[Tensor, Tensor]:
     Each modality is scaled to the same spread. One that is absent altogether does not count.
     """
     parts, mass = [], torch.ones_like(samples.masses[0])
-    for x, own, present in zip(
-        samples.features, samples.masses, samples.present, strict=True
-    ):
+    for x, own, present in zip(samples.features, samples.masses, samples.present, strict=True):
         mean = (own.unsqueeze(-1) * x).sum(-2, keepdim=True)
         deviation = x - mean
         variance = (own.unsqueeze(-1) * deviation.square()).sum((-2, -1), keepdim=True)
@@ -526,8 +522,7 @@ def _align(
     transport_loss = transport.mean()
     prototype_loss = scale * _calibration(samples, mixtures, solution, options.matching).mean()
     return PrototypeAlignment(
-        loss=options.transport_weight * transport_loss
-        + options.prototype_weight * prototype_loss,
+        loss=options.transport_weight * transport_loss + options.prototype_weight * prototype_loss,
         transport_loss=transport_loss,
         prototype_loss=prototype_loss,
         mixtures=mixtures,

@@ -53,9 +53,11 @@ def multi_marginal_sinkhorn_loss(
         S(a_1, \dots, a_M) = \operatorname{MOT}(a_1, \dots, a_M)
             - \frac{1}{M} \sum_{i=1}^{M} \operatorname{MOT}(a_i, \dots, a_i),
 
-    which is >= 0, and 0 where all clouds are equal. For two clouds it is twice the Sinkhorn
-    divergence of :cite:t:`feydy:19`, whose cost is :math:`\|x-y\|^2 / 2`, at half its
-    :math:`\epsilon`. A modality left without weight is out: the sum over i and the graph
+    which is 0 where all clouds are equal, and >= 0 where each has as many neighbours in the graph
+    ("complete", "cycle"). In a "chain" or a "star" the clouds do not, and near equality it may
+    fall below 0 by a part of :math:`\epsilon`. For two clouds at :math:`\epsilon` it is twice the
+    Sinkhorn divergence of :cite:t:`feydy:19`, whose cost is :math:`\|x-y\|^2 / 2`, at
+    :math:`\epsilon / 2`. A modality left without weight is out: the sum over i and the graph
     run over the modalities that are there.
 
     Args:

@@ -109,7 +109,7 @@ def dense_cost(costs, sizes):
     return total
 
 
-def transport_plan(cost, marginals, epsilon, iterations=100_000, tolerance=1e-13):
+def transport_plan(cost, marginals, epsilon, iterations=100_000, tolerance=1e-12):
     """Sinkhorn on the K^M tensor, to a tolerance far below those tested."""
     count = cost.ndim
     log_plan = -cost / epsilon

@@ -20,7 +20,10 @@ def random_covariances(*shape, rank=None):
 def test_squared_euclidean_matches_scipy(n, m, dim):
     x, y = torch.randn(n, dim), torch.randn(m, dim) + 3
     torch.testing.assert_close(
-        squared_euclidean_cost(x, y).numpy(), cdist(x.numpy(), y.numpy(), "sqeuclidean"), rtol=1e-9, atol=1e-9
+        squared_euclidean_cost(x, y).numpy(),
+        cdist(x.numpy(), y.numpy(), "sqeuclidean"),
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 
@@ -34,7 +37,9 @@ def test_squared_euclidean_properties(expanded, monkeypatch):
     assert gradgradcheck(squared_euclidean_cost, (x, y))
     assert (squared_euclidean_cost(x, x) >= 0).all()
     far = squared_euclidean_cost((x + 1e4).float(), (y + 1e4).float())
-    moved = squared_euclidean_cost((x + 1e4).float().double() - 1e4, (y + 1e4).float().double() - 1e4)
+    moved = squared_euclidean_cost(
+        (x + 1e4).float().double() - 1e4, (y + 1e4).float().double() - 1e4
+    )
     torch.testing.assert_close(far.double(), moved, rtol=1e-4, atol=1e-5)
     coincident = x.detach().clone().requires_grad_()
     squared_euclidean_cost(coincident, coincident).sum().backward()
@@ -50,12 +55,14 @@ def test_bures_matches_scipy_and_pot(dim):
     means, covariances = torch.randn(7, dim), random_covariances(7, dim)
     cost = bures_wasserstein_cost(means[:3], covariances[:3], means[3:], covariances[3:])
     for k in range(3):
-        for l in range(4):
-            a, b = (means[k], covariances[k]), (means[3 + l], covariances[3 + l])
+        for m in range(4):
+            a, b = (means[k], covariances[k]), (means[3 + m], covariances[3 + m])
             args = [t.numpy() for t in (*a, *b)]
-            torch.testing.assert_close(cost[k, l].item(), reference.bures_wasserstein(*args), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                cost[k, m].item(), reference.bures_wasserstein(*args), rtol=1e-9, atol=1e-9
+            )
             theirs = ot.gaussian.bures_wasserstein_distance(args[0], args[2], args[1], args[3])
-            torch.testing.assert_close(cost[k, l].item(), float(theirs) ** 2, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(cost[k, m].item(), float(theirs) ** 2, rtol=1e-7, atol=1e-9)
 
 
 def test_diagonal_equals_full():
@@ -76,7 +83,9 @@ def test_bures_gradients(full):
 
     def cost(mean_i, factor_i, mean_j, factor_j):
         if full:
-            return bures_wasserstein_cost(mean_i, factor_i @ factor_i.mT, mean_j, factor_j @ factor_j.mT)
+            return bures_wasserstein_cost(
+                mean_i, factor_i @ factor_i.mT, mean_j, factor_j @ factor_j.mT
+            )
         return bures_wasserstein_cost(mean_i, factor_i**2, mean_j, factor_j**2)
 
     inputs = (means[0], factors[0], means[1], factors[1])
@@ -93,7 +102,10 @@ EYE = torch.eye(3, dtype=torch.float64)
         (EYE, EYE),
         (EYE, 2 * EYE),
         (torch.diag(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)), EYE),
-        (torch.diag(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)), torch.diag(torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64))),
+        (
+            torch.diag(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)),
+            torch.diag(torch.tensor([3.0, 3.0, 1.0], dtype=torch.float64)),
+        ),
     ],
 )
 def test_bures_gradients_at_repeated_eigenvalues(a, b):
@@ -116,7 +128,10 @@ def test_bures_gradients_at_repeated_eigenvalues(a, b):
     [
         (0 * EYE, 0 * EYE),
         (0 * EYE, EYE),
-        (torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)), torch.diag(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))),
+        (
+            torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)),
+            torch.diag(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)),
+        ),
         (torch.ones(3, 3, dtype=torch.float64), EYE),
     ],
 )
@@ -127,7 +142,10 @@ def test_bures_gradients_are_finite_at_singular_covariances(a, b, dtype):
         right = right[None].to(dtype).clone().requires_grad_()
         cost = bures_wasserstein_cost(mean, left, mean, right)
         expected = reference.bures_wasserstein(
-            np.zeros(3), a.numpy() if left.ndim == 3 else np.diag(a.diagonal()), np.zeros(3), b.numpy() if left.ndim == 3 else np.diag(b.diagonal())
+            np.zeros(3),
+            a.numpy() if left.ndim == 3 else np.diag(a.diagonal()),
+            np.zeros(3),
+            b.numpy() if left.ndim == 3 else np.diag(b.diagonal()),
         )
         torch.testing.assert_close(cost.item(), expected, rtol=1e-4, atol=1e-6)
         grads = torch.autograd.grad(cost, (left, right), create_graph=True)
@@ -139,7 +157,10 @@ def test_bures_gradients_are_finite_at_singular_covariances(a, b, dtype):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
-    means, covariances = torch.randn(4, 5, dtype=dtype), random_covariances(4, 5, rank=rank).to(dtype)
+    means, covariances = (
+        torch.randn(4, 5, dtype=dtype),
+        random_covariances(4, 5, rank=rank).to(dtype),
+    )
     cost = bures_wasserstein_cost(means, covariances, means, covariances)
     assert (cost >= 0).all()
     # Roots of eigenvalues that are 0 up to rounding bound what can be asked for.
@@ -160,11 +181,16 @@ def test_non_finite_covariance_gives_non_finite_cost():
 
 def test_errors():
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="must agree in batch and D; got \\(2, 3\\) and \\(2, 4\\)"):
+    with pytest.raises(
+        ValueError, match="must agree in batch and D; got \\(2, 3\\) and \\(2, 4\\)"
+    ):
         squared_euclidean_cost(x, torch.ones(2, 4))
     with pytest.raises(TypeError, match="x must be a tensor .* got list"):
         squared_euclidean_cost([1.0], x)
     with pytest.raises(TypeError, match="must share one dtype"):
         squared_euclidean_cost(x, x.float())
-    with pytest.raises(ValueError, match="covariances_j must have shape \\(2, 3\\) \\(diagonals\\) or \\(2, 3, 3\\)"):
+    with pytest.raises(
+        ValueError,
+        match="covariances_j must have shape \\(2, 3\\) \\(diagonals\\) or \\(2, 3, 3\\)",
+    ):
         bures_wasserstein_cost(x, x, x, torch.ones(2, 2))

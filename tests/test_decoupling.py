@@ -15,7 +15,9 @@ def make(shapes, **options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shapes", [[(1, 3)], [(5, 3), (2, 4)], [(40, 7), (3, 2, 5), (8, 1)] + 2 * [(4, 6)]])
+@pytest.mark.parametrize(
+    "shapes", [[(1, 3)], [(5, 3), (2, 4)], [(40, 7), (3, 2, 5), (8, 1)] + 2 * [(4, 6)]]
+)
 def test_matches_oracle(form, shapes):
     unique, common = make(shapes), make(shapes)
     weights = [torch.rand(shape[0]) for shape in shapes]
@@ -41,7 +43,10 @@ def test_reductions_agree():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradients(form, reduction):
-    unique, common = make([(4, 3), (4, 5)], requires_grad=True), make([(4, 3), (4, 5)], requires_grad=True)
+    unique, common = (
+        make([(4, 3), (4, 5)], requires_grad=True),
+        make([(4, 3), (4, 5)], requires_grad=True),
+    )
     weights = [torch.rand(4, requires_grad=True), None]
 
     def loss(u1, u2, v1, v2, w):

@@ -15,7 +15,12 @@ TYPES = ("diag", "full", "tied", "spherical")
 
 
 def random_mixture(count, dim, covariance_type, batch=()):
-    shape = {"diag": (count, dim), "full": (count, dim, dim), "tied": (dim, dim), "spherical": (count,)}
+    shape = {
+        "diag": (count, dim),
+        "full": (count, dim, dim),
+        "tied": (dim, dim),
+        "spherical": (count,),
+    }
     size = (*batch, *shape[covariance_type])
     covariances = torch.rand(size) + 0.5
     if covariance_type in ("full", "tied"):
@@ -37,7 +42,9 @@ def dense_covariances(mixture):
 def to_sklearn(mixture):
     """Sklearn's mixture that starts where ours does."""
     precisions = mixture.covariances
-    precisions = precisions.inverse() if mixture.covariance_type in ("full", "tied") else 1 / precisions
+    precisions = (
+        precisions.inverse() if mixture.covariance_type in ("full", "tied") else 1 / precisions
+    )
     return {
         "n_components": mixture.num_components,
         "covariance_type": mixture.covariance_type,
@@ -87,7 +94,9 @@ def test_fit_follows_sklearn_step_by_step(covariance_type):
         )
         torch.testing.assert_close(ours.weights.numpy(), theirs.weights_, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(ours.means.numpy(), theirs.means_, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(ours.covariances.numpy(), theirs.covariances_, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            ours.covariances.numpy(), theirs.covariances_, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_stops_where_sklearn_stops():
@@ -201,14 +210,17 @@ def test_degenerate_data(case, dtype, init, covariance_type):
 def test_no_samples_at_all(init):
     mixture = fit_gaussian_mixture(torch.zeros(0, 3), 2, init=init)
     assert mixture.means.isfinite().all()
-    masked = fit_gaussian_mixture(torch.full((4, 3), torch.nan), 2, weights=torch.zeros(4), init=init)
+    masked = fit_gaussian_mixture(
+        torch.full((4, 3), torch.nan), 2, weights=torch.zeros(4), init=init
+    )
     assert masked.means.isfinite().all()
 
 
 def test_seeds_do_not_depend_on_the_order_of_the_batch():
     x, order = torch.randn(50, 3), torch.randperm(50)
     fits = [
-        fit_gaussian_mixture(rows, 5, generator=torch.Generator().manual_seed(1)) for rows in (x, x[order])
+        fit_gaussian_mixture(rows, 5, generator=torch.Generator().manual_seed(1))
+        for rows in (x, x[order])
     ]
     torch.testing.assert_close(fits[0].means, fits[1].means)
 
@@ -224,7 +236,8 @@ def test_kmeans_plus_plus_finds_separated_clusters():
 def test_scaling_the_data_scales_the_mixture():
     x = torch.randn(40, 3)
     small, large = (
-        fit_gaussian_mixture(s * x, 3, generator=torch.Generator().manual_seed(0)) for s in (1.0, 1024.0)
+        fit_gaussian_mixture(s * x, 3, generator=torch.Generator().manual_seed(0))
+        for s in (1.0, 1024.0)
     )
     torch.testing.assert_close(large.means, 1024.0 * small.means)
     torch.testing.assert_close(large.covariances, 1024.0**2 * small.covariances)
@@ -251,7 +264,9 @@ class TestPrototypes:
 
     @pytest.mark.parametrize("covariance_type", TYPES)
     def test_merging_keeps_the_moments_of_the_pair(self, covariance_type):
-        module = GaussianPrototypes(2, covariance_type=covariance_type, momentum=0.3, em_iterations=3)
+        module = GaussianPrototypes(
+            2, covariance_type=covariance_type, momentum=0.3, em_iterations=3
+        )
         module(torch.randn(40, 3))
         old, x = module.running, torch.randn(30, 3) + 0.5
         new = fit_gaussian_mixture(
@@ -262,7 +277,9 @@ class TestPrototypes:
         def overall(mixture):
             mean = mixture.weights @ mixture.means
             second = torch.einsum("k,ki,kj->ij", mixture.weights, mixture.means, mixture.means)
-            return mean, second + torch.einsum("k,kij->ij", mixture.weights, dense_covariances(mixture))
+            return mean, second + torch.einsum(
+                "k,kij->ij", mixture.weights, dense_covariances(mixture)
+            )
 
         mean, second = (0.7 * a + 0.3 * b for a, b in zip(overall(old), overall(new)))
         torch.testing.assert_close(merged.weights.sum(), torch.tensor(1.0))
@@ -318,16 +335,27 @@ def test_errors():
         fit_gaussian_mixture(x, 0)
     with pytest.raises(TypeError, match="num_components must be an integer >= 1; got 2.0"):
         fit_gaussian_mixture(x, 2.0)
-    with pytest.raises(ValueError, match="init must be one of 'kmeans\\+\\+', 'random'; got 'k-means'"):
+    with pytest.raises(
+        ValueError, match="init must be one of 'kmeans\\+\\+', 'random'; got 'k-means'"
+    ):
         fit_gaussian_mixture(x, 2, init="k-means")
     with pytest.raises(ValueError, match=r"init must have means of shape \(3, 2\); got \(2, 2\)"):
         fit_gaussian_mixture(x, 3, init=random_mixture(2, 2, "diag"))
-    with pytest.raises(ValueError, match='init must be a mixture of covariance_type="diag"; got "full"'):
+    with pytest.raises(
+        ValueError, match='init must be a mixture of covariance_type="diag"; got "full"'
+    ):
         fit_gaussian_mixture(x, 2, init=random_mixture(2, 2, "full"))
     with pytest.raises(ValueError, match="weights\\[0\\] must have shape \\(5,\\); got \\(4,\\)"):
         fit_gaussian_mixture(x, 2, weights=torch.ones(4))
-    with pytest.raises(ValueError, match='covariances must have shape \\(2, 3, 3\\) for covariance_type="full"'):
-        GaussianMixture(weights=torch.ones(2), means=torch.ones(2, 3), covariances=torch.ones(2, 3), covariance_type="full")
+    with pytest.raises(
+        ValueError, match='covariances must have shape \\(2, 3, 3\\) for covariance_type="full"'
+    ):
+        GaussianMixture(
+            weights=torch.ones(2),
+            means=torch.ones(2, 3),
+            covariances=torch.ones(2, 3),
+            covariance_type="full",
+        )
     with pytest.raises(ValueError, match="must agree in batch and D with the means"):
         random_mixture(2, 3, "diag").log_prob(x)
     with pytest.raises(ValueError, match=r"momentum must be None or in \(0, 1\]; got 2.0"):

@@ -54,7 +54,8 @@ def test_median_skips_absent_samples():
     padded = torch.cat([x, torch.full((2, 2), torch.nan)])
     mask = torch.tensor([True] * 5 + [False] * 2)
     torch.testing.assert_close(
-        mmd_loss([padded, y], [mask, None], bandwidth="median"), mmd_loss([x, y], bandwidth="median")
+        mmd_loss([padded, y], [mask, None], bandwidth="median"),
+        mmd_loss([x, y], bandwidth="median"),
     )
 
 
@@ -101,7 +102,9 @@ def test_all_points_equal():
 
 def test_errors():
     x = torch.ones(4, 2)
-    with pytest.raises(ValueError, match='"unbiased" needs at least 2 .* features\\[1\\] has N = 1'):
+    with pytest.raises(
+        ValueError, match='"unbiased" needs at least 2 .* features\\[1\\] has N = 1'
+    ):
         mmd_loss([x, x[:1]], estimator="unbiased")
     with pytest.raises(ValueError, match="bandwidth must be a finite number > 0; got -1.0"):
         MMDLoss(bandwidth=-1.0)

@@ -9,7 +9,9 @@ MOMENTS = ("mean", "covariance", "skewness")
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (40, 3), (5, 17, 40), (2, 3, 4, 5), (7, 7, 7, 7, 7)])
-@pytest.mark.parametrize("names", [MOMENTS, ("mean",), ("covariance",), ("skewness",), ("skewness", "mean")])
+@pytest.mark.parametrize(
+    "names", [MOMENTS, ("mean",), ("covariance",), ("skewness",), ("skewness", "mean")]
+)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_matches_oracle(sizes, names, reduction):
     features = [2 * torch.randn(n, 4) + m for m, n in enumerate(sizes)]
@@ -60,7 +62,9 @@ def test_an_offset_costs_no_accuracy():
     names = ["covariance", "skewness"]
     moved = gaussian_moment_loss([x + 2.0**13 for x in features], moments=names)
     # 2^13 leaves float32 features with an error of 5e-4 of their own
-    torch.testing.assert_close(moved, gaussian_moment_loss(features, moments=names), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        moved, gaussian_moment_loss(features, moments=names), rtol=1e-2, atol=0
+    )
 
 
 def test_duplicating_the_batch_changes_nothing():

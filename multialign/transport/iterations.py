@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from multialign.transport.elimination import (
+    Factors,
+    Scope,
     log_marginal,
     probabilities,
     stack_blocks,
@@ -139,14 +141,14 @@ def marginal_error(problem: Problem, potentials: Tensor, epsilon: Tensor) -> Ten
     """Return the L1 distance of all marginals of the plan from those wanted, `(B,)`."""
     factors = problem.factors(_split(problem, potentials), epsilon)
     found = probabilities(factors, [(p,) for p in range(len(problem.marginals))])
-    return torch.cat(
-        [m - nu for m, nu in zip(found, problem.marginals, strict=True)], -1
-    ).abs().sum(-1)
+    return (
+        torch.cat([m - nu for m, nu in zip(found, problem.marginals, strict=True)], -1)
+        .abs()
+        .sum(-1)
+    )
 
 
-def dual_hessian(
-    problem: Problem, potentials: Tensor, epsilon: Tensor
-) -> tuple[Tensor, Tensor]:
+def dual_hessian(problem: Problem, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     """Return the marginals `(B, S)` and minus the Hessian `(B, S, S)`, S the sum of sizes.
 
     Its blocks are the marginals on the diagonal and the pairwise marginals off it, of the plan
@@ -173,9 +175,7 @@ def dual_hessian(
     return torch.cat(marginals, -1), stack_blocks(blocks)
 
 
-def solve_hessian(
-    problem: Problem, hessian: Tensor, gradient: Tensor, damping: Tensor
-) -> Tensor:
+def solve_hessian(problem: Problem, hessian: Tensor, gradient: Tensor, damping: Tensor) -> Tensor:
     """Solve hessian @ x = gradient on the complement of the constants, `(B, S)`.
 
     Scaled by the square roots of the marginals the matrix has a diagonal of ones; its null space,
@@ -226,7 +226,7 @@ def _normalise(problem: Problem, potentials: Tensor) -> Tensor:
     return potentials - total.unsqueeze(-1)
 
 
-def _scaled_probabilities(factors: dict, keeps: Sequence[tuple[int, ...]]) -> list[Tensor]:
+def _scaled_probabilities(factors: Factors, keeps: Sequence[Scope]) -> list[Tensor]:
     tables = probabilities(factors, keeps)
     total = tables[0].flatten(1).sum(-1)
     return [table / total.reshape(-1, *[1] * (table.ndim - 1)) for table in tables]

@@ -190,13 +190,14 @@ def _common_batch(
     shapes |= {f"marginals[{p}]": weight.shape[:-1] for p, weight in enumerate(weights)}
     shapes["epsilon"] = epsilon.shape
     try:
-        return torch.broadcast_shapes(*shapes.values())
+        batch: torch.Size = torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
         described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(
             f"costs, marginals and epsilon must have batch dimensions that broadcast; "
             f"got {described}"
         ) from None
+    return batch
 
 
 def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,7 @@ class TransportSolution:
         scaled = [problem.epsilon.unsqueeze(-1) * x for x in self._potentials()]
         full = [f + offset for f, offset in zip(scaled, problem.offsets, strict=True)]
         means = [
-            (nu * f).sum(-1, keepdim=True)
-            for nu, f in zip(problem.marginals, full, strict=True)
+            (nu * f).sum(-1, keepdim=True) for nu, f in zip(problem.marginals, full, strict=True)
         ]
         common = torch.stack(means).mean(0)
         return [
@@ -171,8 +170,7 @@ class TransportSolution:
             damping = torch.full_like(problem.epsilon, _DAMPING)
         change = solve_hessian(problem.detach(), hessian, residual - residual.detach(), damping)
         return [
-            x + step
-            for x, step in zip(self._fixed, change.split(problem.sizes, -1), strict=True)
+            x + step for x, step in zip(self._fixed, change.split(problem.sizes, -1), strict=True)
         ]
 
     def _probabilities(self, scopes: list[Any]) -> list[Tensor]:

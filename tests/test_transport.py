@@ -1,0 +1,508 @@
+import itertools
+import warnings
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
+from multialign.transport import elimination
+from tests import reference
+
+GRAPHS = {
+    "complete": lambda m: list(itertools.combinations(range(m), 2)),
+    "chain": lambda m: [(i, i + 1) for i in range(m - 1)],
+    "star": lambda m: [(0, j) for j in range(1, m)],
+    "cycle": lambda m: sorted({(min(i, (i + 1) % m), max(i, (i + 1) % m)) for i in range(m)}),
+    "disconnected": lambda m: [(0, 1)],
+}
+SIZES = [(1, 1), (40, 3), (7, 7), (5, 1, 6), (12, 9, 20), (4, 5, 3, 6), (3, 2, 4, 3, 2)]
+
+
+def problem(sizes, graph="complete", batch=(), offset=0.5):
+    points = [torch.randn(*batch, n, 3) + offset * m for m, n in enumerate(sizes)]
+    costs = {
+        (i, j): (points[i].unsqueeze(-2) - points[j].unsqueeze(-3)).square().sum(-1)
+        for i, j in GRAPHS[graph](len(sizes))
+    }
+    return costs, [torch.rand(*batch, n) + 0.1 for n in sizes]
+
+
+def dense(costs, marginals):
+    arrays = {edge: cost.detach().numpy() for edge, cost in costs.items()}
+    cost = reference.dense_cost(arrays, [len(m) for m in marginals])
+    return cost, [m.detach().numpy() / m.detach().sum().item() for m in marginals]
+
+
+def solve(costs, marginals, epsilon, **options):
+    options = {"tolerance": 1e-12, **options}
+    return multi_marginal_sinkhorn(costs, marginals, epsilon, **options)
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_matches_dense_oracle(sizes, graph, method):
+    costs, marginals = problem(sizes, graph)
+    epsilon = 0.3 * sum(cost.mean().item() for cost in costs.values())
+    solution = solve(costs, marginals, epsilon, method=method)
+    cost, nus = dense(costs, marginals)
+    plan = reference.transport_plan(cost, nus, epsilon)
+    assert solution.converged
+    torch.testing.assert_close(
+        solution.value.item(), reference.transport_value(plan, cost, epsilon), rtol=1e-9, atol=1e-10
+    )
+    torch.testing.assert_close(
+        solution.transport_cost.item(), (plan * cost).sum(), rtol=1e-9, atol=1e-10
+    )
+    torch.testing.assert_close(solution.plan().numpy(), plan, rtol=1e-8, atol=1e-11)
+    for i, j in itertools.permutations(range(len(sizes)), 2):
+        table = plan.sum(tuple(p for p in range(len(sizes)) if p not in (i, j)))
+        table = table if i < j else table.T
+        torch.testing.assert_close(
+            solution.pairwise_marginal(i, j).numpy(), table, rtol=1e-8, atol=1e-11
+        )
+    for i, nu in enumerate(nus):
+        torch.testing.assert_close(solution.marginal(i).numpy(), nu, rtol=0, atol=1e-11)
+    exponent = -cost / epsilon
+    for p, f in enumerate(solution.potentials):
+        exponent = (
+            exponent + f.numpy().reshape([-1 if q == p else 1 for q in range(len(sizes))]) / epsilon
+        )
+    torch.testing.assert_close(np.exp(exponent), plan, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+@pytest.mark.parametrize("sizes", [(4, 5), (3, 4, 5), (3, 2, 3, 4)])
+def test_full_tensor_equals_pairs(sizes, method):
+    costs, marginals = problem(sizes)
+    full = sum(
+        cost.reshape([cost.shape[(i, j).index(p)] if p in (i, j) else 1 for p in range(len(sizes))])
+        for (i, j), cost in costs.items()
+    )
+    pairs, tensor = (solve(c, marginals, 2.0, method=method) for c in (costs, full))
+    for name in ("value", "transport_cost", "potentials"):
+        torch.testing.assert_close(
+            getattr(pairs, name), getattr(tensor, name), rtol=1e-8, atol=1e-9
+        )
+
+
+def test_two_marginals_match_pot():
+    costs, (a, b) = problem((30, 40))
+    a, b = a / a.sum(), b / b.sum()
+    epsilon = 0.1 * costs[(0, 1)].mean().item()
+    theirs = ot.sinkhorn(
+        a.numpy(),
+        b.numpy(),
+        costs[(0, 1)].numpy(),
+        epsilon,
+        method="sinkhorn_log",
+        stopThr=1e-13,
+        numItermax=100_000,
+    )
+    torch.testing.assert_close(
+        solve(costs, [a, b], epsilon).plan().numpy(), theirs, rtol=1e-7, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("sizes", [(6, 7), (4, 5, 3), (3, 3, 3, 3)])
+def test_small_epsilon_approaches_the_linear_program(sizes):
+    costs, marginals = problem(sizes)
+    cost, nus = dense(costs, marginals)
+    exact = reference.exact_transport(cost, nus)
+    epsilon = 1e-4 * cost.mean()
+    solution = solve(costs, marginals, epsilon, tolerance=1e-9)
+    assert solution.converged
+    # The optimal plan of the program has at most sum K - M + 1 atoms: its entropy bounds the gap.
+    bound = epsilon * np.log(np.prod(sizes))
+    assert exact - 1e-9 <= solution.transport_cost.item() <= exact + bound
+    assert exact - bound <= solution.value.item() <= exact + 1e-9
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-4])
+def test_newton_reaches_small_epsilon(relative):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        costs, marginals = problem((7, 8, 9), offset=3.0)
+        epsilon = relative * sum(cost.std().item() for cost in costs.values())
+        solution = multi_marginal_sinkhorn(costs, marginals, epsilon, tolerance=1e-6)
+        assert solution.converged
+        assert solution.iterations < 120
+
+
+def differentiable(name, costs, marginals, epsilon, edges):
+    solution = solve(dict(zip(edges, costs)), marginals, epsilon)
+    if name == "marginals":
+        pairs = itertools.combinations(range(len(marginals)), 2)
+        return *(solution.marginal(p) for p in range(len(marginals))), *(
+            solution.pairwise_marginal(*p) for p in pairs
+        )
+    if name == "plan":
+        return solution.plan()
+    result = getattr(solution, name)
+    return tuple(result) if isinstance(result, list) else result
+
+
+@pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])
+@pytest.mark.parametrize(
+    ("sizes", "graph"),
+    [((3, 4), "complete"), ((1, 3), "complete")]
+    + [((2, 3, 2), graph) for graph in ("complete", "chain", "star", "disconnected")]
+    + [((2, 2, 3, 2), graph) for graph in ("complete", "chain", "cycle")]
+    + [((2, 2, 2, 2, 2), graph) for graph in ("complete", "star", "cycle")],
+)
+def test_gradients(sizes, graph, name):
+    costs, marginals = problem(sizes, graph)
+    edges = list(costs)
+    inputs = [cost.requires_grad_() for cost in costs.values()]
+    inputs += [marginal.requires_grad_() for marginal in marginals]
+    inputs.append(torch.tensor(1.5, requires_grad=True))
+
+    def outputs(*tensors):
+        count = len(edges)
+        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
+
+    assert gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
+
+
+@pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "plan"])
+def test_gradients_of_a_full_tensor_and_a_batch(name):
+    cost = torch.rand(2, 3, 2, 3, requires_grad=True)
+    marginals = [torch.rand(2, n, requires_grad=True) for n in (3, 2, 3)]
+    epsilon = torch.tensor([0.3, 0.8], requires_grad=True)
+
+    def outputs(cost, a, b, c, epsilon):
+        solution = solve(cost, [a, b, c], epsilon)
+        result = solution.plan() if name == "plan" else getattr(solution, name)
+        return tuple(result) if isinstance(result, list) else result
+
+    assert gradcheck(outputs, (cost, *marginals, epsilon), atol=1e-6)
+
+
+def test_gradient_of_the_value_is_the_plan():
+    costs, marginals = problem((4, 5, 6))
+    for cost in costs.values():
+        cost.requires_grad_()
+    solution = solve(costs, marginals, 1.0)
+    solution.value.backward()
+    for (i, j), cost in costs.items():
+        torch.testing.assert_close(cost.grad, solution.pairwise_marginal(i, j).detach())
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+def test_zero_mass_is_absence(method):
+    costs, marginals = problem((4, 5, 6))
+    keep = [[0, 1, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    fewer = {(i, j): c[keep[i]][:, keep[j]] for (i, j), c in costs.items()}
+    masked = []
+    for marginal, rows in zip(marginals, keep):
+        masked.append(torch.zeros_like(marginal).index_copy(0, torch.tensor(rows), marginal[rows]))
+    costs[(0, 1)][2] = torch.nan
+    costs[(0, 2)][2] = torch.inf
+    costs = {edge: cost.requires_grad_() for edge, cost in costs.items()}
+    fewer = {edge: cost.requires_grad_() for edge, cost in fewer.items()}
+    masked = [marginal.requires_grad_() for marginal in masked]
+    full = solve(costs, masked, 1.0, method=method)
+    small = solve(fewer, [m.detach()[rows] for m, rows in zip(masked, keep)], 1.0, method=method)
+    torch.testing.assert_close(full.value, small.value)
+    torch.testing.assert_close(full.transport_cost, small.transport_cost)
+    assert full.potentials[0][2] == -torch.inf
+    torch.testing.assert_close(full.potentials[1][keep[1]], small.potentials[1])
+    assert (full.plan()[2] == 0).all()
+    (full.value + full.transport_cost).backward()
+    (small.value + small.transport_cost).backward()
+    for (i, j), cost in costs.items():
+        assert (cost.grad[2 if i == 0 else 1] == 0).all()
+        torch.testing.assert_close(cost.grad[keep[i]][:, keep[j]], fewer[(i, j)].grad)
+    assert all(marginal.grad.isfinite().all() for marginal in masked)
+
+
+def test_a_marginal_without_mass_is_out():
+    costs, marginals = problem((4, 5, 6))
+    marginals[1] = torch.zeros(5)
+    solution = solve(costs, marginals, 1.0)
+    expected = solve({(0, 1): costs[(0, 2)]}, [marginals[0], marginals[2]], 1.0)
+    torch.testing.assert_close(solution.value, expected.value)
+    torch.testing.assert_close(solution.transport_cost, expected.transport_cost)
+
+
+def test_batch_equals_loop_and_stops_individually():
+    costs, marginals = problem((5, 6, 4), batch=(2, 3))
+    epsilon = torch.tensor([[1.0, 0.1, 5.0], [0.02, 2.0, 0.5]])
+    batched = multi_marginal_sinkhorn(costs, marginals, epsilon)
+    assert batched.value.shape == batched.iterations.shape == batched.converged.shape == (2, 3)
+    assert batched.iterations.unique().numel() > 1
+    for index in itertools.product(range(2), range(3)):
+        one = multi_marginal_sinkhorn(
+            {edge: cost[index] for edge, cost in costs.items()},
+            [marginal[index] for marginal in marginals],
+            epsilon[index],
+        )
+        assert one.iterations == batched.iterations[index]
+        torch.testing.assert_close(batched.value[index], one.value)
+        torch.testing.assert_close(batched.plan()[index], one.plan())
+
+
+def test_batch_dimensions_broadcast():
+    costs, marginals = problem((3, 4))
+    solution = solve(costs, marginals, torch.tensor([0.5, 1.0, 2.0]))
+    assert solution.value.shape == (3,)
+    assert solution.plan().shape == (3, 3, 4)
+    torch.testing.assert_close(solution.value[1], solve(costs, marginals, 1.0).value)
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    st.sampled_from(sorted(GRAPHS)),
+    st.floats(-2, 1),
+    st.integers(0, 10**6),
+)
+def test_marginals_hold_and_bounds(sizes, graph, log_epsilon, seed):
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
+    costs, marginals = problem(sizes, graph)
+    epsilon = 10.0**log_epsilon
+    solution = solve(costs, marginals, epsilon, tolerance=1e-9)
+    assert solution.converged
+    plan = solution.plan()
+    for p, marginal in enumerate(marginals):
+        found = plan.sum([q for q in range(len(sizes)) if q != p])
+        torch.testing.assert_close(found, marginal / marginal.sum(), rtol=0, atol=1e-8)
+    entropy = (plan * plan.clamp_min(1e-300).log()).sum()
+    torch.testing.assert_close(
+        solution.value, solution.transport_cost + epsilon * entropy, rtol=1e-7, atol=1e-7
+    )
+    # Permuting modalities permutes the solution.
+    order = torch.randperm(len(sizes)).tolist()
+    place = {p: q for q, p in enumerate(order)}
+    permuted = {}
+    for (i, j), cost in costs.items():
+        a, b = place[i], place[j]
+        permuted[(min(a, b), max(a, b))] = cost if a < b else cost.mT
+    other = solve(permuted, [marginals[p] for p in order], epsilon, tolerance=1e-9)
+    torch.testing.assert_close(other.value, solution.value, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_float32_input(offset):
+    costs, marginals = problem((6, 7, 8), offset=offset)
+    exact = multi_marginal_sinkhorn(costs, marginals, 1.0)
+    single = multi_marginal_sinkhorn(
+        {e: c.float() for e, c in costs.items()}, [m.float() for m in marginals], 1.0
+    )
+    assert single.value.dtype == single.plan().dtype == single.potentials[0].dtype == torch.float32
+    torch.testing.assert_close(single.value.double(), exact.value, rtol=1e-4, atol=1e-4)
+    half = multi_marginal_sinkhorn(
+        {e: c.half() for e, c in costs.items() if c.max() < 6e4}, [m.half() for m in marginals], 1.0
+    )
+    assert half.value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+def test_unfinished_warns_once_and_says_so(method):
+    costs, marginals = problem((8, 8, 8), batch=(3,))
+    with pytest.warns(ConvergenceWarning, match="3 of 3 transport problems") as caught:
+        solution = multi_marginal_sinkhorn(costs, marginals, 1e-3, max_iterations=2, method=method)
+    assert len(caught) == 1
+    assert not solution.converged.any()
+    assert (solution.iterations == 2).all()
+    assert solution.value.isfinite().all()
+    found = solution.plan().sum((2, 3)) - marginals[0] / marginals[0].sum(-1, keepdim=True)
+    assert (found.abs().sum(-1) <= solution.error + 1e-12).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+def test_non_finite_input_gives_a_non_finite_result(value, method):
+    costs, marginals = problem((4, 5, 6), batch=(2,))
+    costs[(0, 1)][0, 1, 1] = value
+    solution = multi_marginal_sinkhorn(costs, marginals, 1.0, method=method)
+    assert not solution.value[0].isfinite()
+    assert not solution.converged[0]
+    assert solution.converged[1]
+    assert solution.value[1].isfinite()
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan])
+def test_an_epsilon_tensor_that_is_not_positive_shows(bad):
+    costs, marginals = problem((3, 4))
+    assert multi_marginal_sinkhorn(costs, marginals, torch.tensor(bad)).value.isnan()
+
+
+def test_grad_mode_is_left_alone():
+    costs, marginals = problem((3, 4))
+    costs[(0, 1)].requires_grad_()
+    with torch.no_grad():
+        assert not multi_marginal_sinkhorn(costs, marginals, 1.0).value.requires_grad
+        assert not torch.is_grad_enabled()
+    solution = multi_marginal_sinkhorn(costs, marginals, 1.0)
+    with torch.no_grad():
+        assert not solution.transport_cost.requires_grad
+        assert not solution.potentials[0].requires_grad
+    # What was read without gradient does not keep a later reading from having one.
+    assert solution.transport_cost.requires_grad
+    assert solution.potentials[0].requires_grad
+    with torch.inference_mode():
+        assert len(multi_marginal_sinkhorn(costs, marginals, 1.0).potentials) == 2
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_memory_does_not_grow_with_iterations():
+    """Nothing of the iterations is kept: the graph behind the value has the same size."""
+
+    def graph_size(solution):
+        seen, stack = set(), [solution.value.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.extend(parent for parent, _ in node.next_functions)
+        return len(seen)
+
+    costs, marginals = problem((5, 6, 7))
+    costs[(0, 1)].requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        sizes = {
+            graph_size(
+                multi_marginal_sinkhorn(costs, marginals, 0.01, method="sinkhorn", max_iterations=n)
+            )
+            for n in (1, 10, 200)
+        }
+    assert len(sizes) == 1
+
+
+def test_a_long_chain_needs_no_large_table():
+    sizes = (30,) * 12
+    costs, marginals = problem(sizes, "chain")
+    solution = multi_marginal_sinkhorn(costs, marginals, 5.0)
+    assert solution.converged
+    torch.testing.assert_close(
+        solution.marginal(7), marginals[7] / marginals[7].sum(), rtol=0, atol=1e-6
+    )
+    with pytest.raises(
+        MemoryError, match="3959544003.0 GiB in float64, more than the bound of 2 GiB; use fewer"
+    ):
+        solution.plan()
+
+
+def test_refuses_before_it_allocates():
+    costs, marginals = problem((300, 300, 300, 300))
+    with pytest.raises(MemoryError, match="8100000000 entries, 60.3 GiB"):
+        multi_marginal_sinkhorn(costs, marginals, 1.0)
+
+
+def test_elimination_equals_the_joint_table(monkeypatch):
+    costs, marginals = problem((3, 4, 2, 5), "cycle")
+    small = solve(costs, marginals, 1.0)
+    monkeypatch.setattr(elimination, "_SMALL_ENTRIES", 0)
+    eliminated = solve(costs, marginals, 1.0)
+    torch.testing.assert_close(eliminated.value, small.value)
+    torch.testing.assert_close(eliminated.pairwise_marginal(1, 3), small.pairwise_marginal(1, 3))
+
+
+def test_errors():
+    costs, marginals = problem((3, 4, 5))
+    cases = [
+        (
+            ValueError,
+            r"keys \(i, j\) with 0 <= i < j < 3.* got \(1, 0\)",
+            {(1, 0): costs[(0, 1)]},
+            marginals,
+            {},
+        ),
+        (ValueError, r"keys \(i, j\) .* got 'a'", {"a": costs[(0, 1)]}, marginals, {}),
+        (
+            ValueError,
+            r"costs\[\(0, 2\)\] must have shape \(\*batch, 3, 5\).* got \(3, 4\)",
+            {(0, 2): costs[(0, 1)]},
+            marginals,
+            {},
+        ),
+        (
+            ValueError,
+            r"costs must end in the sizes of the marginals, \(3, 4, 5\); got \(3, 4, 6\)",
+            torch.ones(3, 4, 6),
+            marginals,
+            {},
+        ),
+        (TypeError, "costs must be a mapping .* got list", [1.0], marginals, {}),
+        (
+            ValueError,
+            "marginals must be a sequence of at least 2 tensors .* got 1",
+            costs,
+            marginals[:1],
+            {},
+        ),
+        (
+            TypeError,
+            r"marginals\[0\] must be a tensor \(\*batch, K\); got list",
+            costs,
+            [[1.0], *marginals[1:]],
+            {},
+        ),
+        (TypeError, "must share one dtype", costs, [marginals[0].float(), *marginals[1:]], {}),
+        (
+            ValueError,
+            "batch dimensions that broadcast",
+            costs,
+            [m.expand(k, -1) for k, m in zip((2, 3, 2), marginals)],
+            {},
+        ),
+        (
+            ValueError,
+            "epsilon must be a finite number > 0; got 0",
+            costs,
+            marginals,
+            {"epsilon": 0},
+        ),
+        (
+            ValueError,
+            "tolerance must be a finite number > 0; got -1",
+            costs,
+            marginals,
+            {"tolerance": -1},
+        ),
+        (
+            ValueError,
+            "max_iterations must be an integer >= 1; got 0",
+            costs,
+            marginals,
+            {"max_iterations": 0},
+        ),
+        (
+            ValueError,
+            "method must be one of 'sinkhorn', 'newton', 'auto'; got 'lbfgs'",
+            costs,
+            marginals,
+            {"method": "lbfgs"},
+        ),
+        (
+            ValueError,
+            "backend must be one of 'auto', 'torch', 'triton'; got 'keops'",
+            costs,
+            marginals,
+            {"backend": "keops"},
+        ),
+        (
+            NotImplementedError,
+            'backend="triton" has no kernels',
+            costs,
+            marginals,
+            {"backend": "triton"},
+        ),
+    ]
+    for error, message, given_costs, given_marginals, options in cases:
+        with pytest.raises(error, match=message):
+            multi_marginal_sinkhorn(given_costs, given_marginals, **{"epsilon": 1.0, **options})
+    solution = multi_marginal_sinkhorn(costs, marginals, 1.0)
+    assert isinstance(solution, TransportSolution)
+    with pytest.raises(ValueError, match=r"i must be an integer in 0..2; got 3"):
+        solution.marginal(3)
+    with pytest.raises(ValueError, match="i and j must differ; got 1 and 1"):
+        solution.pairwise_marginal(1, 1)

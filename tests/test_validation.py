@@ -1,0 +1,135 @@
+"""What every loss does with arguments that are wrong, and with dtypes."""
+
+import pytest
+import torch
+
+from multialign import (
+    cosine_decoupling_loss,
+    gaussian_moment_loss,
+    mmd_loss,
+    multi_marginal_sinkhorn_loss,
+    prototype_alignment_loss,
+)
+
+
+def decoupling(features, weights=None):
+    return cosine_decoupling_loss(features, features, weights)
+
+
+def prototypes(features, weights=None):
+    return prototype_alignment_loss(features, weights, num_prototypes=2)
+
+
+COMPARING = [gaussian_moment_loss, mmd_loss, multi_marginal_sinkhorn_loss, prototypes]
+LOSSES = [decoupling, *COMPARING]
+X = torch.ones(4, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", COMPARING)
+@pytest.mark.parametrize(
+    ("error", "message", "features"),
+    [
+        (TypeError, "must be a sequence of at least 2 tensors .* got 3", 3),
+        (TypeError, "must be a sequence .* got 'abc'", "abc"),
+        (ValueError, r"must be a sequence .*\(\*batch, N, D\).* got 1", [X]),
+        (ValueError, "got 1", X[None]),
+        (TypeError, r"\[1\] must be a tensor \(\*batch, N, D\); got list", [X, [1.0]]),
+        (TypeError, r"\[1\] must be floating point; got torch.int64", [X, X.long()]),
+        (ValueError, r"\[0\] must have shape \(\*batch, N, D\); got \(3,\)", [X[0], X]),
+        (ValueError, r"\[1\] must have shape \(N, 3\), .* got \(4, 2\)", [X, X[:, :2]]),
+        (ValueError, r"\[1\] must have shape \(N, 3\), .* got \(1, 4, 3\)", [X, X[None]]),
+        (ValueError, "at least one feature; got D = 0", [X[:, :0], X[:, :0]]),
+        (
+            TypeError,
+            r"must share one dtype .* got torch.float64 for \[0\] and torch.float32 for \[1\]",
+            [X, X.float()],
+        ),
+        (ValueError, r"must be on one device; got cpu for \[0\] and meta", [X, X.to("meta")]),
+    ],
+)
+def test_features(loss, error, message, features):
+    with pytest.raises(error, match=message):
+        loss(features)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("error", "message", "weights"),
+    [
+        (TypeError, "weights must be None or a sequence of 2 tensors .* got 1.0", 1.0),
+        (ValueError, "one entry for each of the 2 modalities; got 1", [None]),
+        (TypeError, r"weights\[0\] must be a tensor or None; got list", [[1.0] * 4, None]),
+        (
+            ValueError,
+            r"weights\[1\] must have shape \(4,\); got \(3,\)",
+            [None, torch.ones(3)],
+        ),
+        (
+            TypeError,
+            r"weights\[0\] must be boolean or non-negative; got torch.complex",
+            [torch.ones(4, dtype=torch.complex64), None],
+        ),
+        (
+            ValueError,
+            r"weights\[0\] must be on the features' device cpu; got meta",
+            [torch.ones(4, device="meta"), None],
+        ),
+    ],
+)
+def test_weights(loss, error, message, weights):
+    with pytest.raises(error, match=message):
+        loss([X, X], weights)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bad", [-1.0, torch.nan])
+def test_a_negative_or_nan_weight_shows_in_the_loss(loss, bad):
+    x = [torch.randn(6, 3), torch.randn(6, 3)]
+    weight = torch.ones(6)
+    weight[2] = bad
+    assert loss(x, [weight, None]).isnan()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_feature_shows_in_the_loss(loss, bad):
+    x = [torch.randn(6, 3), torch.randn(6, 3)]
+    x[0][1, 2] = bad
+    assert not loss(x).isfinite()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_result_dtype(loss, dtype):
+    x = [torch.randn(8, 3).to(dtype).requires_grad_() for _ in range(3)]
+    result = loss(x)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    result.backward()
+    assert all(f.grad.dtype == dtype and f.grad.isfinite().all() for f in x)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_may_stand_beside_float32(loss):
+    x = torch.randn(8, 3).half()
+    assert loss([x, x.float()]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_float32_agrees_with_float64(loss):
+    x = [torch.randn(12, 3).float() + m for m in range(3)]
+    results = []
+    for features in (x, [f.double() for f in x]):
+        torch.manual_seed(0)
+        results.append(loss(features).double())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(loss, dtype):
+    x = [torch.randn(8, 3).float() for _ in range(3)]
+    torch.manual_seed(0)
+    expected = loss(x)
+    with torch.autocast("cpu", dtype=dtype):
+        torch.manual_seed(0)
+        assert torch.equal(loss(x), expected)
