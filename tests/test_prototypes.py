@@ -120,7 +120,7 @@ def test_paired_samples_seed_the_same_components():
     labels = torch.arange(4).repeat(10)
     order = torch.randperm(4)
     x = [centres[labels] + torch.randn(40, 4), centres[order][labels] + torch.randn(40, 4) + 3]
-    mixtures = PrototypeAlignmentLoss(4, **seeded()).solve(x).mixtures
+    mixtures = PrototypeAlignmentLoss(4, **seeded(tolerance=1e-9)).solve(x).mixtures
     for k in range(4):
         members = mixtures[0].posterior(x[0])[:, k] > 0.5
         assert 10 <= members.sum() < 40

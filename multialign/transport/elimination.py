@@ -17,7 +17,15 @@ from torch import Tensor
 
 from multialign.ops import logsumexp
 
-__all__ = ["Factors", "Scope", "check_entries", "log_marginal", "probabilities"]
+__all__ = [
+    "Factors",
+    "Scope",
+    "check_entries",
+    "join",
+    "log_marginal",
+    "probabilities",
+    "stack_blocks",
+]
 
 Scope = tuple[int, ...]
 Factors = Mapping[Scope, Tensor]
@@ -36,11 +44,11 @@ def log_marginal(factors: Factors, keep: Scope) -> Tensor:
     tables = list(factors.items())
     for variable in _elimination_order(tuple(factors), sizes, keep, batch):
         scope: Scope = tuple(sorted({v for s, _ in tables if variable in s for v in s}))
-        joined = _join([table for table in tables if variable in table[0]], scope)
+        joined = join([table for table in tables if variable in table[0]], scope)
         rest = tuple(v for v in scope if v != variable)
         tables = [table for table in tables if variable not in table[0]]
         tables.append((rest, logsumexp(joined, 1 + scope.index(variable))))
-    return _join(tables, keep)
+    return join(tables, keep)
 
 
 def probabilities(factors: Factors, keeps: Sequence[Scope]) -> list[Tensor]:
@@ -55,7 +63,7 @@ def probabilities(factors: Factors, keeps: Sequence[Scope]) -> list[Tensor]:
         if widest < entries:
             return [log_marginal(factors, keep).exp() for keep in keeps]
     check_entries(batch * entries)
-    plan = _join(list(factors.items()), everything).exp()
+    plan = join(list(factors.items()), everything).exp()
     results = []
     for keep in keeps:
         others = [1 + v for v in everything if v not in keep]
@@ -74,7 +82,7 @@ def check_entries(entries: int) -> None:
         )
 
 
-def _join(tables: Sequence[tuple[Scope, Tensor]], scope: Scope) -> Tensor:
+def join(tables: Sequence[tuple[Scope, Tensor]], scope: Scope) -> Tensor:
     """Return the sum of the tables, each broadcast to the variables in `scope`."""
     total: Tensor | None = None
     for variables, table in sorted(tables, key=lambda item: len(item[0])):

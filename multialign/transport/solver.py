@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multialign._validation import check_choice, check_count, check_positive, full_precision
 from multialign.ops import Backend, choose_backend
-from multialign.transport.iterations import newton_step, sinkhorn_step, solve
+from multialign.transport.iterations import newton, sinkhorn
 from multialign.transport.problem import Problem, make_problem
 from multialign.transport.solution import TransportSolution
 
@@ -110,16 +110,16 @@ def solve_problem(
     choose_backend(backend, problem.epsilon)
     if tolerance is None:
         tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
-    step = newton_step if _prefers_newton(problem, method) else sinkhorn_step
+    solve = newton if _prefers_newton(problem, method) else sinkhorn
     with full_precision(problem.epsilon):
-        iterate = solve(problem.detach(), step, tolerance, max_iterations)
+        iterate = solve(problem.detach(), tolerance, max_iterations)
         solution = TransportSolution(problem, iterate, tolerance)
     stopped = iterate.error.isfinite() & (iterate.error > tolerance)
     if bool(stopped.any()):
         warnings.warn(
             f"{int(stopped.sum())} of {stopped.numel()} transport problems did not reach "
-            f"tolerance {tolerance:g} within {max_iterations} iterations; largest error "
-            f"{float(iterate.error[stopped].max()):.2g}",
+            f"tolerance {tolerance:g} in {int(iterate.iterations[stopped].max())} iterations; "
+            f"largest error {float(iterate.error[stopped].max()):.2g}",
             ConvergenceWarning,
             stacklevel=3,
         )
