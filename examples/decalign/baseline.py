@@ -36,8 +36,6 @@ def _score(data: DigitsData, views: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _table(
-    split: Samples, views: Sequence[str]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _table(split: Samples, views: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     features = [split.samples.features[view].flatten(1).numpy() for view in views]
     return np.concatenate(features, 1), split.samples.targets.numpy()

@@ -24,6 +24,8 @@ class DecAlignCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         # The data lie in memory: there is nothing for a worker to load.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Between Lightning and torch.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         super().__init__(
             DecAlignTask,
             DigitsData,

@@ -170,7 +170,7 @@ def _loader(
     samples: Samples, batch_size: int, *, shuffle: bool = False, drop_last: bool = False
 ) -> DataLoader[Batch]:
     return DataLoader(
-        samples, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=_as_it_is
+        samples, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=_as_it_is
     )
 
 

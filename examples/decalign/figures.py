@@ -65,7 +65,7 @@ def confusion_matrix(
             ylabel="true digit",
         )
         accuracy = 100 * np.mean(targets == predictions)
-        axes.set_title(f"DecAlign on the test split: accuracy {accuracy:.1f} %")
+        axes.set_title(f"DecAlign, test split, all seeds: accuracy {accuracy:.1f} %")
         bar = figure.colorbar(image, ax=axes, shrink=0.9)
         bar.set_label("% of the true class")
         bar.outline.set_linewidth(0.6)
@@ -85,21 +85,23 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
             `(N, D)` by modality.
         path: The PNG to write.
     """
-    columns = max(len(stages) for stages in rows.values())
+    columns = list(dict.fromkeys(stage for stages in rows.values() for stage in stages))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.5 * columns, 2.75 * len(rows) + 0.3), layout="constrained")
-        grid = figure.subplots(len(rows), columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
+        figure = Figure(figsize=(2.5 * len(columns), 2.75 * len(rows) + 0.3), layout="constrained")
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for axes, stage in zip(grid[0], columns, strict=True):
+            axes.set_title(stage)
         for row, (kind, stages) in zip(grid, rows.items(), strict=True):
-            for axes, (stage, features) in zip(row, stages.items(), strict=False):
-                names = list(features)[:2]
-                x, y = (features[name] for name in names)
-                axes.set_axis_on()
-                _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
-                axes.set_title(stage if row is grid[0] else "")
-                axes.set_xlabel(f"gap {centre_gap(x, y):.2f},  pair distance {pair_ratio(x, y):.2f}")
             row[0].set_ylabel(kind)
+            for axes, stage in zip(row, columns, strict=True):
+                axes.set(xticks=[], yticks=[])
+                if stage in stages:
+                    names = list(stages[stage])[:2]
+                    x, y = (stages[stage][name] for name in names)
+                    _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
+                    axes.set_xlabel(
+                        f"gap {centre_gap(x, y):.2f},  pair distance {pair_ratio(x, y):.2f}"
+                    )
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         _save(figure, path)
@@ -129,11 +131,8 @@ def _draw_pairs(axes: Axes, x: Array, y: Array, names: list[str]) -> None:
             np.stack([first, second], 1), colors="0.6", linewidths=0.35, alpha=0.6, zorder=1
         )
     )
-    for place, name, colour, marker in zip(
-        (first, second), names, COLOURS, "o^", strict=True
-    ):
+    for place, name, colour, marker in zip((first, second), names, COLOURS, "o^", strict=True):
         axes.scatter(*place.T, s=9, c=colour, marker=marker, linewidths=0, label=name, zorder=2)
-    axes.set(xticks=[], yticks=[])
     axes.margins(0.04)
 
 

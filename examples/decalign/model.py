@@ -62,7 +62,7 @@ class Output(NamedTuple):
     common_steps: list[Tensor]
     """Modality-common features, likewise; the same tensors without decoupling."""
     unique: list[Tensor]
-    """`unique_steps` averaged over the valid steps, `(N, d_s)`; zeros where a modality is missing."""
+    """`unique_steps` averaged over the valid steps, `(N, d_s)`; zeros for a missing modality."""
     common: list[Tensor]
     """`common_steps` likewise."""
     latents: list[Tensor] | None

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from examples.decalign.model import Output
 from examples.decalign.switches import Switches
@@ -71,12 +71,10 @@ class Objective(nn.Module):
 
     def forward(self, output: Output, targets: Tensor) -> dict[str, Tensor]:
         """Return the terms by name, unweighted, and their weighted sum as "loss"."""
-        terms = {"task": F.cross_entropy(output.logits, targets)}
+        terms = {"task": cross_entropy(output.logits, targets)}
         terms["loss"] = terms["task"]
         if self.decoupling is not None:
-            terms["dec"] = self.decoupling(
-                output.unique_steps, output.common_steps, output.present
-            )
+            terms["dec"] = self.decoupling(output.unique_steps, output.common_steps, output.present)
             terms["loss"] = terms["loss"] + terms["dec"]
         if self.prototypes is not None:
             solved = self.prototypes.solve(output.unique, output.present)

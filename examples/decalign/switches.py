@@ -9,7 +9,7 @@ __all__ = ["Switches"]
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Parts of DecAlign, each of which False removes, computation and all.
+    """Parts of DecAlign. False removes one, its computation and not only its weight.
 
     The table's contrastive training (CT) is not here: the paper gives no formula for it, and this
     example depends on no library with a supervised contrastive loss.
@@ -21,7 +21,8 @@ class Switches:
             part of the fusion (Sec. 3.4).
         homo: Everything of Sec. 3.3: the distribution encoder, Eq. 10 and Eq. 11-12. The head
             reads the common features as they are.
-        proto_ot: The transport term of Eq. 9; its sample-to-prototype term stays.
+        proto_ot: The transport term of Eq. 9, whose weight becomes 0; its sample-to-prototype term
+            stays.
         sem: Moment matching, Eq. 10.
         mmd: Distribution matching, Eq. 11-12, with the distribution encoder it compares.
     """

@@ -25,7 +25,7 @@ from examples.decalign.cli import DecAlignCLI
 
 __all__ = ["VARIANTS", "Run", "main", "train"]
 
-# What each variant adds to the arguments; the others are compared with the first.
+# What each model adds to the arguments; the others are compared with the full one.
 VARIANTS: dict[str, list[str]] = {
     "full": [],
     "no_mfd": ["--model.switches.mfd=false"],
@@ -35,7 +35,7 @@ VARIANTS: dict[str, list[str]] = {
     "no_sem": ["--model.switches.sem=false"],
     "no_mmd": ["--model.switches.mmd=false"],
 }
-KEY_MODULES = ["full", "no_mfd", "no_hete", "no_homo"]
+KEY_MODULES = ["no_mfd", "no_hete", "no_homo"]
 METRICS = ("accuracy", "weighted_f1")
 
 Scores = dict[str, dict[str, list[float]]]
@@ -75,60 +75,46 @@ def main(args: Sequence[str] | None = None) -> None:
         description="Train and evaluate variants of the model over several seeds; write "
         "metrics.json, a checkpoint of the full model and figures.",
         epilog="Other arguments, such as --config FILE, go to every training as they go to `fit`.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=KEY_MODULES)
+    parser.add_argument("--ablations", nargs="*", choices=[*VARIANTS][1:], default=KEY_MODULES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/decalign-digits"))
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="trainings at the same time"
     )
     options, shared = parser.parse_known_args(args)
-    output, variants, seeds = options.output, options.variants, options.seeds
+    output, seeds = options.output, options.seeds
     output.mkdir(parents=True, exist_ok=True)
 
+    # What is wrong with the arguments shows here, before any training.
+    start = _configure(shared, seed=seeds[0])
+    start.parser.save(start.config, output / "config.yaml", overwrite=True, skip_none=False)
+    untrained = _evaluate(start, variant="untrained", seed=seeds[0])
+    logistic = logistic_scores(start.datamodule)
+
+    checkpoints = {("full", seeds[0]): output / "full.ckpt"}
     jobs = [
         Job(
             variant=variant,
             seed=seed,
             args=shared,
-            checkpoint=output / f"{variant}.ckpt" if (variant, seed) == ("full", seeds[0]) else None,
+            checkpoint=checkpoints.get((variant, seed)),
         )
-        for variant in variants
+        for variant in ["full", *options.ablations]
         for seed in seeds
     ]
-    runs = sorted(_train_all(jobs, options.workers), key=lambda run: seeds.index(run.seed))
-    by_variant = {name: [run for run in runs if run.variant == name] for name in variants}
-
-    start = _configure(shared, seed=seeds[0])
-    start.parser.save(start.config, output / "config.yaml", overwrite=True, skip_none=False)
+    runs = _train_all(jobs, options.workers)
     scores: Scores = {
-        name: {metric: [run.scores[metric] for run in group] for metric in METRICS}
-        for name, group in by_variant.items()
+        variant: {metric: [run.scores[metric] for run in group] for metric in METRICS}
+        for variant, group in runs.items()
     }
-    for name, values in logistic_scores(start.datamodule).items():
+    for name, values in logistic.items():
         # The fit has no seed: every training compares with the same one.
         scores[name] = {metric: [values[metric]] * len(seeds) for metric in METRICS}
     (output / "metrics.json").write_text(json.dumps(_summary(scores), indent=2) + "\n")
     print(_render(scores, seeds))
-
-    full = by_variant.get("full") or runs
-    figures.confusion_matrix(
-        np.concatenate([run.targets for run in full]),
-        np.concatenate([run.predictions for run in full]),
-        output / "confusion_matrix.png",
-    )
-    stages = {
-        "before training": [_evaluate(start, variant="untrained", seed=seeds[0])],
-        "trained without alignment": [],
-        "trained with alignment": full,
-    }
-    rows = {}
-    for kind, ablation in {"unique": "no_hete", "common": "no_homo"}.items():
-        stages["trained without alignment"] = by_variant.get(ablation, [])
-        rows[f"{kind} features"] = {
-            stage: getattr(group[0], kind) for stage, group in stages.items() if group
-        }
-    figures.modality_gap(rows, output / "modality_gap.png")
+    _draw(runs, untrained, output)
     print(f"Written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
@@ -141,14 +127,17 @@ def train(job: Job) -> Run:
     return _evaluate(cli, variant=job.variant, seed=job.seed)
 
 
-def _train_all(jobs: Sequence[Job], workers: int) -> list[Run]:
-    """Return the runs of all jobs, in the order in which they end."""
+def _train_all(jobs: Sequence[Job], workers: int) -> dict[str, list[Run]]:
+    """Return the runs of all jobs by variant, both in the jobs' order."""
+    done = {}
     with tqdm(total=len(jobs), desc="Training", unit="model") as bar:
-        runs = []
         for run in _runs(jobs, workers):
             bar.set_postfix_str(f"{run.variant}, seed {run.seed}: {run.scores['accuracy']:.3f}")
             bar.update()
-            runs.append(run)
+            done[run.variant, run.seed] = run
+    runs: dict[str, list[Run]] = {}
+    for job in jobs:
+        runs.setdefault(job.variant, []).append(done[job.variant, job.seed])
     return runs
 
 
@@ -195,6 +184,23 @@ def _evaluate(cli: DecAlignCLI, *, variant: str, seed: int) -> Run:
     )
 
 
+def _draw(runs: Mapping[str, Sequence[Run]], untrained: Run, output: Path) -> None:
+    """Draw the confusion matrix over all seeds and the modality gap of the first."""
+    figures.confusion_matrix(
+        np.concatenate([run.targets for run in runs["full"]]),
+        np.concatenate([run.predictions for run in runs["full"]]),
+        output / "confusion_matrix.png",
+    )
+    rows = {}
+    for kind, ablation in {"unique": "no_hete", "common": "no_homo"}.items():
+        stages = {"before training": untrained}
+        if ablation in runs:
+            stages["trained without alignment"] = runs[ablation][0]
+        stages["trained with alignment"] = runs["full"][0]
+        rows[f"{kind} features"] = {stage: getattr(run, kind) for stage, run in stages.items()}
+    figures.modality_gap(rows, output / "modality_gap.png")
+
+
 def _summary(scores: Scores) -> dict[str, dict[str, dict[str, float | list[float]]]]:
     """Return mean, sample standard deviation and values of each score."""
     return {
@@ -212,11 +218,10 @@ def _summary(scores: Scores) -> dict[str, dict[str, dict[str, float | list[float
 
 def _render(scores: Scores, seeds: Sequence[int]) -> str:
     """Return the table as text, in per cent."""
-    first = next(iter(scores))
-    lines = [f"{'test split':<16}{'accuracy':>14}{'weighted F1':>16}{f'accuracy - {first}':>30}"]
+    lines = [f"{'test split':<16}{'accuracy':>14}{'weighted F1':>16}{'accuracy - full':>30}"]
     for name, metrics in scores.items():
         columns = "".join(f"{_spread(metrics[metric]):>16}" for metric in METRICS)
-        lines.append(f"{name:<14}{columns}{_difference(metrics, scores[first]):>30}".rstrip())
+        lines.append(f"{name:<14}{columns}{_difference(metrics, scores['full']):>30}".rstrip())
     rule = "-" * max(map(len, lines))
     lines[1:1] = [rule]
     return "\n".join(
@@ -228,7 +233,7 @@ def _render(scores: Scores, seeds: Sequence[int]) -> str:
             "In brackets the 95 % interval",
             "(Student's t) of the mean difference, seed by seed; * where it excludes 0. All are",
             "scored on the same test samples, so that the intervals tell how far the seed matters,",
-            "not what other samples would give.",
+            "not what other samples would give. The logistic regressions have no seed.",
             "",
         ]
     )
