@@ -39,11 +39,11 @@ _MAX_ENTRIES = 2**28
 
 def log_marginal(factors: Factors, keep: Scope) -> Tensor:
     """Return the logarithm of the sum over all variables but `keep`, `(B, *K_keep)`."""
-    sizes = _sizes(factors)
-    batch = next(iter(factors.values())).shape[0]
     tables = list(factors.items())
-    for variable in _elimination_order(tuple(factors), sizes, keep, batch):
-        scope: Scope = tuple(sorted({v for s, _ in tables if variable in s for v in s}))
+    order, widest = _plan_elimination(factors, keep)
+    check_entries(tables[0][1].shape[0] * widest)
+    for variable in order:
+        scope = tuple(_neighbourhood([list(variables) for variables, _ in tables], variable))
         joined = join([table for table in tables if variable in table[0]], scope)
         rest = tuple(v for v in scope if v != variable)
         tables = [table for table in tables if variable not in table[0]]
@@ -59,7 +59,7 @@ def probabilities(factors: Factors, keeps: Sequence[Scope]) -> list[Tensor]:
     batch = next(iter(factors.values())).shape[0]
     largest = max(len(scope) for scope in factors)
     if entries * batch > _SMALL_ENTRIES and largest < len(sizes):
-        widest = max(_widest_table(tuple(factors), sizes, keep) for keep in keeps)
+        widest = max([_plan_elimination(factors, keep)[1] for keep in keeps])
         if widest < entries:
             return [log_marginal(factors, keep).exp() for keep in keeps]
     check_entries(batch * entries)
@@ -102,39 +102,48 @@ def _sizes(factors: Factors) -> tuple[int, ...]:
     return tuple(found[v] for v in sorted(found))
 
 
-@lru_cache(maxsize=4096)
 def _elimination_order(
-    scopes: tuple[Scope, ...], sizes: tuple[int, ...], keep: Scope, batch: int
-) -> tuple[int, ...]:
-    """Return the variables to sum out, each time the one with the smallest joined table."""
-    order, widest = _greedy(scopes, sizes, keep)
-    check_entries(batch * widest)
-    return order
-
-
-@lru_cache(maxsize=4096)
-def _widest_table(scopes: tuple[Scope, ...], sizes: tuple[int, ...], keep: Scope) -> int:
-    return _greedy(scopes, sizes, keep)[1]
-
-
-def _greedy(
     scopes: tuple[Scope, ...], sizes: tuple[int, ...], keep: Scope
 ) -> tuple[tuple[int, ...], int]:
-    tables = [frozenset(scope) for scope in scopes]
-    remaining = set(range(len(sizes))) - set(keep)
-    order, widest = [], math.prod(sizes[v] for v in keep)
+    """Return the variables to sum out in order, and the entries of the largest table on the way.
+
+    Each time the variable goes whose joined table is smallest.
+    """
+    # Lists, which torch.compile can follow, in place of sets and generators.
+    tables = [list(scope) for scope in scopes]
+    remaining = [v for v in range(len(sizes)) if v not in keep]
+    order, widest = [], math.prod([sizes[v] for v in keep])
     while remaining:
-        joined = {
-            v: frozenset().union(*(table for table in tables if v in table)) for v in remaining
-        }
-        entries = {v: math.prod(sizes[u] for u in joined[v]) for v in remaining}
-        variable = min(remaining, key=lambda v: (entries[v], v))
-        order.append(variable)
-        widest = max(widest, entries[variable])
-        tables = [table for table in tables if variable not in table]
-        tables.append(joined[variable] - {variable})
-        remaining.remove(variable)
+        best, best_entries = remaining[0], -1
+        for variable in remaining:
+            entries = math.prod([sizes[v] for v in _neighbourhood(tables, variable)])
+            if best_entries < 0 or entries < best_entries:
+                best, best_entries = variable, entries
+        joined = _neighbourhood(tables, best)
+        order.append(best)
+        widest = max(widest, best_entries)
+        tables = [table for table in tables if best not in table]
+        tables.append([v for v in joined if v != best])
+        remaining = [v for v in remaining if v != best]
     return tuple(order), widest
+
+
+_cached_elimination_order = lru_cache(maxsize=4096)(_elimination_order)
+
+
+def _plan_elimination(factors: Factors, keep: Scope) -> tuple[tuple[int, ...], int]:
+    # torch.compile traces once, and cannot see into a cache.
+    plan = _elimination_order if torch.compiler.is_compiling() else _cached_elimination_order
+    return plan(tuple(factors), _sizes(factors), keep)
+
+
+def _neighbourhood(tables: list[list[int]], variable: int) -> list[int]:
+    """Return the variables of all tables that hold `variable`, in increasing order."""
+    found: list[int] = []
+    for table in tables:
+        if variable in table:
+            found.extend([v for v in table if v not in found])
+    return sorted(found)
 
 
 def stack_blocks(blocks: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from multialign._validation import check_choice, check_count, check_positive, full_precision
 from multialign.ops import Backend, choose_backend
-from multialign.transport.iterations import newton, sinkhorn
+from multialign.transport.iterations import Iterate, newton, sinkhorn
 from multialign.transport.problem import Problem, make_problem
 from multialign.transport.solution import TransportSolution
 
@@ -110,10 +110,47 @@ def solve_problem(
     choose_backend(backend, problem.epsilon)
     if tolerance is None:
         tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
-    solve = newton if _prefers_newton(problem, method) else sinkhorn
     with full_precision(problem.epsilon):
-        iterate = solve(problem.detach(), tolerance, max_iterations)
-        solution = TransportSolution(problem, iterate, tolerance)
+        fixed = problem.detach()
+        potentials, iterations, error = _solve(
+            list(fixed.costs.values()),
+            [variable for scope in fixed.costs for variable in scope],
+            fixed.marginals,
+            fixed.epsilon,
+            "newton" if _prefers_newton(problem, method) else "sinkhorn",
+            tolerance,
+            max_iterations,
+        )
+        iterate = Iterate(list(potentials.split(problem.sizes, -1)), iterations, error)
+        return TransportSolution(problem, iterate, tolerance)
+
+
+@torch.library.custom_op("multialign::solve_transport", mutates_args=())
+def _solve(
+    costs: list[Tensor],
+    scopes: list[int],
+    marginals: list[Tensor],
+    epsilon: Tensor,
+    method: str,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return potentials `(B, S)`, iterations and error; `scopes` is the edges one after another.
+
+    An operator of its own, since how often it iterates depends on the data: torch.compile takes it
+    as it is, and torch.func.vmap as one larger batch.
+    """
+    variables = iter(scopes)
+    problem = Problem(
+        costs={tuple(next(variables) for _ in cost.shape[1:]): cost for cost in costs},
+        offsets=[],
+        marginals=marginals,
+        epsilon=epsilon,
+        batch=epsilon.shape,
+        dtype=epsilon.dtype,
+    )
+    solve = newton if method == "newton" else sinkhorn
+    iterate = solve(problem, tolerance, max_iterations)
     stopped = iterate.error.isfinite() & (iterate.error > tolerance)
     if bool(stopped.any()):
         warnings.warn(
@@ -121,9 +158,46 @@ def solve_problem(
             f"tolerance {tolerance:g} in {int(iterate.iterations[stopped].max())} iterations; "
             f"largest error {float(iterate.error[stopped].max()):.2g}",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-    return solution
+    return torch.cat(iterate.potentials, -1), iterate.iterations, iterate.error
+
+
+@_solve.register_fake
+def _(
+    costs: list[Tensor],
+    scopes: list[int],
+    marginals: list[Tensor],
+    epsilon: Tensor,
+    method: str,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    potentials = torch.empty_like(torch.cat(marginals, -1))
+    return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
+
+
+def _solve_mapped(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    """Solve what torch.func.vmap maps over as further entries of the batch."""
+    costs, scopes, marginals, epsilon, *options = arguments
+
+    def merge(x: Tensor, dim: int | None) -> Tensor:
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    results = _solve(
+        [merge(x, dim) for x, dim in zip(costs, in_dims[0], strict=True)],
+        scopes,
+        [merge(x, dim) for x, dim in zip(marginals, in_dims[2], strict=True)],
+        merge(epsilon, in_dims[3]),
+        *options,
+    )
+    split = tuple(x.unflatten(0, (info.batch_size, -1)) for x in results)
+    return split, (0,) * len(split)
+
+
+if hasattr(_solve, "register_vmap"):  # torch >= 2.5
+    _solve.register_vmap(_solve_mapped)
 
 
 def check_solver_options(
