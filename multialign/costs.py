@@ -13,7 +13,7 @@ __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
 # Up to this many differences x_nd - y_md are formed one by one, which is exact; beyond it the
 # square is expanded into a matrix product, which is faster and needs no (N, M, D) intermediate.
-_DIRECT_ENTRIES = 2**20
+_DIRECT_ENTRIES = 2**17
 
 
 def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:

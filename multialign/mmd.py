@@ -20,8 +20,15 @@ from multialign._validation import (
     full_precision,
 )
 from multialign.costs import squared_euclidean_cost
+from multialign.ops import gaussian_form
 
 __all__ = ["MMDLoss", "mmd_loss"]
+
+# Up to this many entries a kernel matrix is held, with derivatives of every order; beyond it, it is
+# streamed in blocks.
+_HELD_ENTRIES = 2**20
+# The median distance is taken over at most so many samples, evenly spaced among all.
+_MEDIAN_SAMPLES = 2048
 
 Bandwidth = float | Sequence[float] | Literal["median"]
 Estimator = Literal["biased", "unbiased", "random_features"]
@@ -55,6 +62,9 @@ def mmd_loss(
       linear in N, and equal to "biased" up to an error of the order of
       :math:`1/\sqrt{\text{num\_features}}`. The frequencies are drawn anew at each call.
 
+    Kernel matrices of more than 2^20 entries are never held: they are streamed in blocks, with
+    memory O(N D), and then have first derivatives only.
+
     Args:
         features: M tensors :math:`(*\text{batch}, N_m, D)`, or one stacked tensor.
         weights: None, or M tensors :math:`(*\text{batch}, N_m)` (or None), boolean or
@@ -62,7 +72,8 @@ def mmd_loss(
             at all count 0.
         bandwidth: :math:`\sigma` in units of the features; or several, whose kernels are averaged;
             or "median", the median distance between two samples present in the union of all
-            modalities (no gradient; 1 if that is 0).
+            modalities (no gradient; 1 if that is 0). Of more than 2,048 samples together every
+            second is taken for it, of more than 4,096 every third, and so on.
         estimator: "biased", "unbiased" or "random_features".
         num_features: Number of random frequencies; each gives a sine and a cosine.
         generator: Draws the frequencies; None stands for torch's global generator.
@@ -187,38 +198,44 @@ def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: b
     present = samples.present
     within = []
     for x, mass in zip(samples.features, samples.masses, strict=True):
-        kernel = _kernel(x, x, sigmas)
-        if not unbiased:
-            within.append(_form(kernel, mass, mass))
-            continue
-        off_diagonal = ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-        pairs = 1 - mass.square().sum(-1)
-        several = (mass != 0).sum(-1) > 1
-        total = _form(kernel * off_diagonal, mass, mass)
-        within.append(
-            torch.where(several, total / torch.where(several, pairs, pairs.new_ones(())), 0)
-        )
+        total = _form(x, x, mass, mass, sigmas)
+        if unbiased:
+            # A sample with itself has k = 1.
+            diagonal = mass.square().sum(-1)
+            several = (mass != 0).sum(-1) > 1
+            pairs = torch.where(several, 1 - diagonal, 1.0)
+            total = torch.where(several, (total - diagonal) / pairs, 0.0)
+        within.append(total)
     if unbiased:
         counts = torch.stack([(mass != 0).sum(-1) for mass in samples.masses])
         present = present * (counts > 1)
 
     loss = samples.present.new_zeros(())
     for i, j in combinations(range(len(within)), 2):
-        kernel = _kernel(samples.features[i], samples.features[j], sigmas)
-        across = _form(kernel, samples.masses[i], samples.masses[j])
+        across = _form(
+            samples.features[i],
+            samples.features[j],
+            samples.masses[i],
+            samples.masses[j],
+            sigmas,
+        )
         loss = loss + present[i] * present[j] * (within[i] + within[j] - 2 * across)
     return loss
 
 
-def _kernel(x: Tensor, y: Tensor, sigmas: list[Tensor]) -> Tensor:
-    """Return the average over `sigmas` of the Gaussian kernels, `(*batch, N, M)`."""
+def _form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, sigmas: list[Tensor]) -> Tensor:
+    """Return p^T K q, `(*batch)`, with K the average over `sigmas` of the Gaussian kernels."""
+    batch = p.shape[:-1]
+    if p.numel() * q.shape[-1] > _HELD_ENTRIES:
+        flat = [t.reshape(-1, *t.shape[len(batch) :]) for t in (x, p)]
+        # One tensor for both places tells that the form is symmetric.
+        other = flat if y is x else [t.reshape(-1, *t.shape[len(batch) :]) for t in (y, q)]
+        precisions = [(0.5 / sigma.square()).expand(*batch, 1, 1).reshape(-1) for sigma in sigmas]
+        form = gaussian_form(flat[0], other[0], flat[1], other[1], torch.stack(precisions, -1))
+        return form.reshape(batch)
     cost = squared_euclidean_cost(x, y)
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
-    return torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
-
-
-def _form(kernel: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Return p^T K q, `(*batch)`."""
+    kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
     return (p.unsqueeze(-2) @ kernel @ q.unsqueeze(-1)).squeeze(-1).squeeze(-1)
 
 
@@ -255,6 +272,8 @@ def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)
     there = torch.cat([mass != 0 for mass in samples.masses], -1)
+    stride = -(-points.shape[-2] // _MEDIAN_SAMPLES)
+    points, there = points[..., ::stride, :], there[..., ::stride]
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device
     )

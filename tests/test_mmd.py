@@ -84,6 +84,85 @@ def test_zero_at_equality_and_never_far_below(dtype, size):
     assert mmd_loss([x, x + 1e-3]) > -1e-6
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("bandwidth", [1.5, [0.5, 1.0, 4.0], "median"])
+class TestStreaming:
+    """Blocks of a kernel matrix that is not held, here of 3 x 3 entries."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch):
+        self.stream = lambda: monkeypatch.setattr("multialign.mmd._HELD_ENTRIES", 0)
+        monkeypatch.setattr("multialign.ops.gaussian._BLOCK", 3)
+
+    def test_equals_the_held_matrix(self, estimator, bandwidth):
+        features = [torch.randn(2, n, 4) + m for m, n in enumerate((7, 5, 9))]
+        weights = [torch.rand(2, n) for n in (7, 5, 9)]
+        weights[1][0, 3] = 0
+        inputs = [t.requires_grad_() for t in (*features, *weights)]
+        results = []
+        for _ in range(2):
+            loss = mmd_loss(inputs[:3], inputs[3:], bandwidth=bandwidth, estimator=estimator)
+            results.append((loss, torch.autograd.grad(loss, inputs)))
+            self.stream()
+        torch.testing.assert_close(results[0], results[1])
+
+    def test_gradients(self, estimator, bandwidth):
+        if bandwidth == "median":
+            bandwidth = 2.0  # its own gradient, which is left out, would show
+        self.stream()
+        features = [torch.randn(n, 3, requires_grad=True) for n in (4, 5)]
+        weight = torch.rand(4, requires_grad=True)
+
+        def loss(x, y, w):
+            return mmd_loss([x, y], [w, None], bandwidth=bandwidth, estimator=estimator)
+
+        assert gradcheck(loss, (*features, weight))
+
+    def test_zero_at_equality(self, estimator, bandwidth):
+        self.stream()
+        x = torch.randn(8, 3).float()
+        loss = mmd_loss([x, x.clone()], bandwidth=bandwidth, estimator=estimator)
+        assert loss == 0 if estimator == "biased" else loss < 0
+
+    def test_func_and_compile(self, estimator, bandwidth):
+        self.stream()
+        x, y = torch.randn(3, 7, 2), torch.randn(3, 5, 2) + 1
+
+        def loss(x, y):
+            return mmd_loss([x, y], bandwidth=bandwidth, estimator=estimator)
+
+        expected = torch.stack([loss(x[b], y[b]) for b in range(3)])
+        torch.testing.assert_close(torch.func.vmap(loss)(x, y), expected)
+        leaf = x[0].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(leaf, y[0]), leaf)
+        torch.testing.assert_close(torch.func.grad(loss)(x[0], y[0]), grad)
+        mapped = torch.func.vmap(torch.func.grad(loss))(x, y)
+        torch.testing.assert_close(mapped[0], grad)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        (by_compiled,) = torch.autograd.grad(compiled(leaf, y[0]), leaf)
+        torch.testing.assert_close(by_compiled, grad)
+
+
+def test_second_derivatives_of_a_streamed_matrix_are_refused(monkeypatch):
+    x = torch.randn(4, 2, requires_grad=True)
+    y = torch.randn(4, 2)
+    (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
+    grad.sum().backward()
+    monkeypatch.setattr("multialign.mmd._HELD_ENTRIES", 0)
+    (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="streamed, not held, has first derivatives only"):
+        grad.sum().backward()
+
+
+def test_median_of_many_samples_is_that_of_every_kth(monkeypatch):
+    monkeypatch.setattr("multialign.mmd._MEDIAN_SAMPLES", 10)
+    x, y = torch.randn(12, 3), torch.randn(13, 3)
+    sigma = float(reference.median_distance([torch.cat([x, y])[::3].numpy()]))
+    torch.testing.assert_close(
+        mmd_loss([x, y], bandwidth="median"), mmd_loss([x, y], bandwidth=sigma)
+    )
+
+
 def test_large_offset_costs_nothing():
     x, y = torch.randn(50, 4).float(), torch.randn(60, 4).float() + 1
     offset = 2.0**13

@@ -68,8 +68,6 @@ def make(batch=()):
     return [torch.randn(*batch, 6, 2) + centres for _ in range(2)]
 
 
-# Of torch's own doing while it traces an autograd.Function.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles_without_a_break(name):
     module = copy.deepcopy(MODULES[name])

@@ -1,4 +1,4 @@
-"""Log-sum-exp primitives, with the backend chosen by the tensor in hand."""
+"""The primitives everything heavy stands on, with the backend chosen by the tensor in hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Literal
 from torch import Tensor
 
 from multialign._validation import check_choice
+from multialign.ops.batching import register_batched_vmap
+from multialign.ops.gaussian import gaussian_form
 from multialign.ops.reference import log, logsumexp
 
-__all__ = ["Backend", "choose_backend", "log", "logsumexp"]
+__all__ = [
+    "Backend",
+    "choose_backend",
+    "gaussian_form",
+    "log",
+    "logsumexp",
+    "register_batched_vmap",
+]
 
 Backend = Literal["auto", "torch", "triton"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from multialign._validation import check_choice, check_count, check_positive, full_precision
-from multialign.ops import Backend, choose_backend
+from multialign.ops import Backend, choose_backend, register_batched_vmap
 from multialign.transport.iterations import Iterate, newton, sinkhorn
 from multialign.transport.problem import Problem, make_problem
 from multialign.transport.solution import TransportSolution
@@ -177,27 +177,7 @@ def _(
     return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
 
 
-def _solve_mapped(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-    """Solve what torch.func.vmap maps over as further entries of the batch."""
-    costs, scopes, marginals, epsilon, *options = arguments
-
-    def merge(x: Tensor, dim: int | None) -> Tensor:
-        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.flatten(0, 1)
-
-    results = _solve(
-        [merge(x, dim) for x, dim in zip(costs, in_dims[0], strict=True)],
-        scopes,
-        [merge(x, dim) for x, dim in zip(marginals, in_dims[2], strict=True)],
-        merge(epsilon, in_dims[3]),
-        *options,
-    )
-    split = tuple(x.unflatten(0, (info.batch_size, -1)) for x in results)
-    return split, (0,) * len(split)
-
-
-if hasattr(_solve, "register_vmap"):  # torch >= 2.5
-    _solve.register_vmap(_solve_mapped)
+register_batched_vmap(_solve)
 
 
 def check_solver_options(

@@ -1,0 +1,179 @@
+"""Sums over a Gaussian kernel matrix that is never held: p^T K q with its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign.ops.batching import register_batched_vmap
+
+__all__ = ["gaussian_form"]
+
+# Side of the square blocks of the kernel matrix that are worked on: they stay in the cache.
+_BLOCK = 512
+
+
+def gaussian_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> Tensor:
+    """Return sum_nm p_n q_m k(x_n, y_m), `(B)`, for k the mean over s of exp(-c_s |x - y|^2).
+
+    The kernel matrix is made block by block, once, for the value and the gradients together:
+    memory is O((N + M) D). If `y` is `x` and `q` is `p`, the two gradients are one. First
+    derivatives only; `precisions`, which are 1 / (2 sigma^2), count as constants.
+
+    Args:
+        x: `(B, N, D)`.
+        y: `(B, M, D)`.
+        p: `(B, N)`.
+        q: `(B, M)`.
+        precisions: `(B, S)`.
+    """
+    if x is y and p is q:
+        # Half of what the sum depends on stands in the second place: the gradients double.
+        results = _SymmetricForm.apply(x, p, precisions)
+    else:
+        results = _Form.apply(x, y, p, q, precisions)
+    value: Tensor = results[0]
+    return value
+
+
+class _Form(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        value, by_x, by_p, by_y, by_q = _stream(x, y, p, q, precisions, True)
+        return value, by_x, by_y, by_p, by_q
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        derivatives, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        by_x, by_y, by_p, by_q = [
+            _FirstOnly.apply(derivative, x)
+            for derivative, x in zip(derivatives, inputs, strict=True)
+        ]
+        row, matrix = grad[:, None], grad[:, None, None]
+        return matrix * by_x, matrix * by_y, row * by_p, row * by_q, None
+
+
+class _SymmetricForm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, by_x, by_p, _, _ = _stream(x, x, p, p, precisions, False)
+        return value, by_x, by_p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        by_x, by_p, x, p = ctx.saved_tensors
+        by_x, by_p = _FirstOnly.apply(by_x, x), _FirstOnly.apply(by_p, p)
+        return 2 * grad[:, None, None] * by_x, 2 * grad[:, None] * by_p, None
+
+
+class _FirstOnly(torch.autograd.Function):
+    """A derivative by `x`, which depends on `x` in a way that is not kept.
+
+    Taken as a constant it would make a second derivative wrong in silence.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(derivative: Tensor, x: Tensor) -> Tensor:
+        return derivative.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            "a Gaussian kernel matrix that was streamed, not held, has first derivatives only"
+        )
+
+
+@torch.library.custom_op("multialign::gaussian_form", mutates_args=())
+def _stream(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the form and its derivatives by x and p and, if `both`, by y and q (else zeros).
+
+    An operator of its own: torch.compile need not unroll the loop over blocks.
+    """
+    origin = x.mean(-2, keepdim=True)
+    x, y = x - origin, y - origin
+    squares_x, squares_y = x.square().sum(-1), y.square().sum(-1)
+    # With a column of ones, one product with a block gives sum q y and sum q together.
+    right = q.unsqueeze(-1) * torch.cat([y, torch.ones_like(q).unsqueeze(-1)], -1)
+    left = p.unsqueeze(-1) * torch.cat([x, torch.ones_like(p).unsqueeze(-1)], -1)
+    sums_x, sums_y = torch.zeros_like(p), torch.zeros_like(q)
+    slopes_x, slopes_y = torch.zeros_like(left), torch.zeros_like(right)
+
+    for i in range(0, x.shape[-2], _BLOCK):
+        rows = slice(i, i + _BLOCK)
+        for j in range(0, y.shape[-2], _BLOCK):
+            columns = slice(j, j + _BLOCK)
+            cost = squares_x[:, rows, None] + squares_y[:, None, columns]
+            cost = cost.baddbmm_(x[:, rows], y[:, columns].mT, alpha=-2).clamp_min_(0)
+            kernel, slope = _kernels(cost, precisions)
+            sums_x[:, rows] += (kernel @ q[:, columns, None]).squeeze(-1)
+            slopes_x[:, rows] += slope @ right[:, columns]
+            if both:
+                sums_y[:, columns] += (p[:, None, rows] @ kernel).squeeze(-2)
+                slopes_y[:, columns] += slope.mT @ left[:, rows]
+
+    value = (p * sums_x).sum(-1)
+    # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
+    scale = 2 * precisions[:, :1, None]
+    by_x = scale * p.unsqueeze(-1) * (slopes_x[..., :-1] - slopes_x[..., -1:] * x)
+    by_y = scale * q.unsqueeze(-1) * (slopes_y[..., :-1] - slopes_y[..., -1:] * y)
+    return value, by_x, sums_x, by_y, sums_y
+
+
+@_stream.register_fake
+def _(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        p.new_empty(p.shape[:1]),
+        torch.empty_like(x),
+        torch.empty_like(p),
+        torch.empty_like(y),
+        torch.empty_like(q),
+    )
+
+
+register_batched_vmap(_stream)
+
+
+def _kernels(cost: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the kernel and, but for a factor 2 c_0, minus its derivative by the cost.
+
+    With one precision they are the same tensor, made in the place of `cost`.
+    """
+    first, *others = precisions.unbind(-1)
+    if not others:
+        kernel = cost.mul_(-first[:, None, None]).exp_()
+        return kernel, kernel
+    kernel = torch.zeros_like(cost)
+    slope = torch.zeros_like(cost)
+    for precision in (first, *others):
+        part = (cost * -precision[:, None, None]).exp_()
+        kernel += part
+        slope += part.mul_((precision / first)[:, None, None])
+    return kernel.div_(precisions.shape[-1]), slope.div_(precisions.shape[-1])
