@@ -15,7 +15,7 @@ EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yam
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel clean
+.PHONY: help test example lint format types docs wheel bench clean
 
 help: ## Print this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -45,6 +45,9 @@ wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is
 	rm -rf build dist
 	$(PY) -m build --outdir dist . > /dev/null
 	$(PY) .ci/check_wheel.py dist/*.whl --constraint $(CONSTRAINTS)
+
+bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks/results
+	$(PY) -m benchmarks.distribution_matching
 
 clean: ## Remove everything the verbs made, except runs/
 	rm -rf $(VENV) build dist docs/_build docs/api/generated .hypothesis

@@ -141,12 +141,13 @@ def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
             right = gradient + rise * tables.tangent(potentials, epsilon, marginals)
         direction = system.solve(hessian, right, damping=error.clamp(1e-13, 1e-2))
         ahead = potentials + direction
-        if not bool((active & ~onward).any()):
-            moved = ahead
-        else:
-            moved = _line_search(problem, tables, potentials, epsilon, direction, gradient)
-            moved = torch.where(onward.unsqueeze(-1), ahead, moved)
-        potentials = torch.where(active.unsqueeze(-1), moved, potentials)
+        searching = active & ~onward
+        if bool(searching.any()):
+            found = _line_search(
+                problem, tables, potentials, epsilon, direction, gradient, searching
+            )
+            ahead = torch.where(searching.unsqueeze(-1), found, ahead)
+        potentials = torch.where(active.unsqueeze(-1), ahead, potentials)
         epsilon = lower
     return _finish(problem, potentials, epsilon, iterations)
 
@@ -299,15 +300,19 @@ def _line_search(
     epsilon: Tensor,
     direction: Tensor,
     gradient: Tensor,
+    searching: Tensor,
 ) -> Tensor:
-    """Return the first of ever shorter steps that raises the dual enough, or a Sinkhorn sweep."""
+    """Return the first of ever shorter steps that raises the dual enough, or a Sinkhorn sweep.
+
+    Problems that are not `searching` are not waited for.
+    """
     longest = direction.abs().amax(-1, keepdim=True)
     direction = direction * (_LONGEST_STEP / longest).clamp_max(1.0)
     slope = (gradient * direction).sum(-1)
     start = tables.dual(potentials, epsilon)
     # Differences of the dual below this are rounding.
     slack = 1e-14 * (1 + start.abs())
-    accepted = torch.zeros_like(start, dtype=torch.bool)
+    accepted = ~searching
     result = potentials
     length = 1.0
     for _ in range(_HALVINGS):

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a question, peers in the same run, results in `results/`."""

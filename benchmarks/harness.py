@@ -1,0 +1,103 @@
+"""Timing, peak memory and the table that every benchmark writes."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement of one provider."""
+
+    case: str
+    """What was computed."""
+    size: str
+    provider: str
+    """multialign or a peer, with its version."""
+    milliseconds: float
+    """Median over the repetitions."""
+    low: float
+    """Their 20 % quantile."""
+    high: float
+    """Their 80 % quantile."""
+    peak_mib: float
+    """Peak memory above the inputs, in a process of its own; NaN where not measured."""
+    error: float
+    """Of the value, relative to the reference named in `case`; NaN for the reference itself."""
+
+
+def alternate(
+    functions: dict[str, Callable[[], object]], repetitions: int = 7
+) -> dict[str, list[float]]:
+    """Return times in milliseconds, the providers taking turns so that they share the weather."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """Return the fields of a Row that describe `times`."""
+    if len(times) == 1:
+        return {"milliseconds": times[0], "low": times[0], "high": times[0]}
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"milliseconds": statistics.median(times), "low": cuts[1], "high": cuts[7]}
+
+
+def peak_mib(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
+    """Return the peak memory of the function that `prepare(*args)` returns.
+
+    It is that of a fresh process, above what it held once everything was prepared.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (prepare, args))
+
+
+def _peak(prepare: Callable[..., Callable[[], object]], args: Sequence[Any]) -> float:
+    torch.set_num_threads(1)
+    work = prepare(*args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def write(name: str, rows: Sequence[Row]) -> None:
+    """Write the rows to `results/name.csv`, each with machine, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    where = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, CPU",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), *where])
+        writer.writeheader()
+        for row in rows:
+            values = {
+                key: f"{value:.5g}" if isinstance(value, float) else value
+                for key, value in asdict(row).items()
+            }
+            writer.writerow(values | where)
