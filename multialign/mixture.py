@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from multialign._distributed import ProcessGroup, Ranks
 from multialign._validation import (
+    Samples,
     check_alike,
     check_choice,
     check_count,
@@ -19,6 +21,7 @@ from multialign._validation import (
     check_weights,
     full_precision,
     lift,
+    pad_empty,
     reference_row,
     take_rows,
     weigh_samples,
@@ -211,6 +214,7 @@ def fit_gaussian_mixture(
     regularization: float = 1e-6,
     differentiate: Differentiate = "unroll",
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> GaussianMixture:
     r"""Fit a Gaussian mixture by expectation-maximisation.
 
@@ -241,6 +245,9 @@ def fit_gaussian_mixture(
         differentiate: "unroll" differentiates through all iterations, "last" through the last
             alone (the state before it counts as constant), "none" not at all.
         generator: Draws the initial means; None stands for torch's global generator.
+        process_group: Given one, the mixture is that of all ranks' samples together. They stay on
+            their ranks, but for the draw of initial means, which the first rank makes for all. An
+            initial mixture must be the same on all ranks.
 
     Returns:
         The mixture, in the units of `x`.
@@ -270,35 +277,45 @@ def fit_gaussian_mixture(
     x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one feature; got {tuple(x.shape)}")
-    batch = x.shape[:-2]
-    (x,), (mass,), _ = weigh_samples([x], check_weights([weights], [x], batch), batch)
     if isinstance(init, GaussianMixture):
         _check_start(init, x, num_components, covariance_type)
-    if x.shape[-2] == 0:
-        # One absent row stands for none at all.
-        x, mass = x.new_zeros(*batch, 1, x.shape[-1]), mass.new_zeros(*batch, 1)
+    ranks = Ranks(process_group)
+    batch = x.shape[:-2]
+    features, checked = ranks.note([x], check_weights([weights], [x], batch))
+    samples = Samples(*weigh_samples(features, checked, batch), weights is not None)
 
     grad = torch.is_grad_enabled() and differentiate != "none"
     with full_precision(x), torch.set_grad_enabled(grad):
+        (x,), (mass,) = samples.features, samples.masses
         # In these units neither an offset nor the scale of the data costs digits or range. EM
         # commutes with both, so they are constants for the gradient.
-        origin = reference_row(x, mass)
+        (origin,) = ranks.first_rows([reference_row(x, mass)], samples.present)
+        (mass,), present = ranks.normalise([mass], samples.present)
         deviation = torch.where(mass.unsqueeze(-1) == 0, 0.0, x - origin)
-        variance = _variance(deviation.detach(), mass).mean(-1, keepdim=True)
-        scale = torch.where(variance == 0, 1.0, variance).sqrt()
+        with torch.no_grad():
+            (variance,) = variances([deviation], [mass], ranks)
+            level = variance.mean(-1, keepdim=True)
+            scale = torch.where(level == 0, 1.0, level).sqrt()
         x = deviation / scale
-        floor = _floor(x, mass, regularization)
+        (variance,) = variances([x], [mass], ranks)
+        floor = variance_floor(variance, regularization)
         if isinstance(init, GaussianMixture):
             mixture = _standardise(init, origin, scale)
         else:
-            rows = choose_rows(x, mass, num_components, init=init, generator=generator)
-            mixture = start_mixture(x, mass, rows, covariance_type, regularization)
+
+            def choose(samples: Samples) -> list[Tensor]:
+                (x,), (mass,) = samples.features, samples.masses
+                return [choose_rows(x, mass, num_components, init=init, generator=generator)]
+
+            samples = Samples([x], [mass], present, samples.weighted)
+            (means,) = draw_means(samples, [num_components], choose, ranks)
+            mixture = start_mixture(means, variance, floor, covariance_type)
         if differentiate == "last":
             with torch.no_grad():
-                mixture = _iterate(x, mass, mixture, iterations - 1, tolerance, floor)
-            mixture, _ = _em_step(x, mass, mixture, floor)
+                mixture = _iterate(x, mass, mixture, iterations - 1, tolerance, floor, ranks)
+            mixture, _ = _em_step(x, mass, mixture, floor, ranks)
         else:
-            mixture = _iterate(x, mass, mixture, iterations, tolerance, floor)
+            mixture = _iterate(x, mass, mixture, iterations, tolerance, floor, ranks)
         return _restore(mixture, origin, scale)
 
 
@@ -326,6 +343,7 @@ class GaussianPrototypes(nn.Module):
         regularization: Floor of the variances, relative to those of the data.
         differentiate: "unroll", "last" or "none".
         generator: Draws the initial means; None stands for torch's global generator.
+        process_group: Given one, each fit is that of all ranks' samples together.
 
     References:
         Eq. 2-4 of :cite:t:`decalign:26`; :cite:t:`cappe:09` for the running mixture.
@@ -355,6 +373,7 @@ class GaussianPrototypes(nn.Module):
         regularization: float = 1e-6,
         differentiate: Differentiate = "unroll",
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_count("num_prototypes", num_prototypes)
@@ -370,6 +389,7 @@ class GaussianPrototypes(nn.Module):
         self.regularization = regularization
         self.differentiate = differentiate
         self.generator = generator
+        self.process_group = process_group
         for name in ("running_weights", "running_means", "running_covariances"):
             self.register_buffer(name, None)
 
@@ -406,8 +426,13 @@ class GaussianPrototypes(nn.Module):
             regularization=self.regularization,
             differentiate=self.differentiate,
             generator=self.generator,
+            process_group=self.process_group,
         )
-        return self.remember(mixture, present=None if weights is None else (weights != 0).any(-1))
+        present = None if weights is None else (weights != 0).any(-1)
+        if self.process_group is not None:
+            here = x.new_full(x.shape[:-2], x.shape[-2]) if present is None else present.to(x)
+            present = Ranks(self.process_group).sum([here])[0] > 0
+        return self.remember(mixture, present)
 
     def remember(self, mixture: GaussianMixture, present: Tensor | None = None) -> GaussianMixture:
         """Merge a batch's mixture into the running one and return the result.
@@ -495,13 +520,38 @@ def _draw_distinct(mass: Tensor, count: int, generator: torch.Generator | None) 
     return order.gather(-1, turns % there)
 
 
+def draw_means(
+    samples: Samples,
+    counts: Sequence[int],
+    choose: Callable[[Samples], list[Tensor]],
+    ranks: Ranks,
+) -> list[Tensor]:
+    """Return the rows `(*batch, K_m, D)` of M sets of samples that `choose` gives the indices of.
+
+    `choose` is called with the samples of all ranks, and a row has gradient on its own rank.
+    """
+
+    def draw(features: list[Tensor], masses: list[Tensor], weighted: bool) -> list[Tensor]:
+        return choose(pad_empty(Samples(features, masses, samples.present, weighted)))
+
+    chosen = ranks.draw(samples.features, samples.masses, samples.weighted, counts, draw)
+    padded = pad_empty(samples).features
+    if ranks.group is None:
+        return [take_rows(x, index) for x, index in zip(padded, chosen, strict=True)]
+    rows = []
+    for x, index, own in zip(padded, chosen, samples.features, strict=True):
+        here = (index >= 0) & (index < own.shape[-2])
+        taken = take_rows(x, index.clamp(0, x.shape[-2] - 1))
+        rows.append(torch.where(here.unsqueeze(-1), taken, 0.0))
+    return ranks.sum(rows)
+
+
 def start_mixture(
-    x: Tensor, mass: Tensor, rows: Tensor, covariance_type: CovarianceType, regularization: float
+    means: Tensor, variance: Tensor, floor: Tensor, covariance_type: CovarianceType
 ) -> GaussianMixture:
-    """Return a mixture whose means are `rows` of `x`, with its variances and equal weights."""
-    means = take_rows(x, rows)
+    """Return a mixture of the given means, with the data's variances and equal weights."""
     *batch, count, _ = means.shape
-    variance = _variance(x, mass) + _floor(x, mass, regularization)
+    variance = variance + floor
     if covariance_type == "diag":
         covariances = variance.expand_as(means)
     elif covariance_type == "spherical":
@@ -518,9 +568,23 @@ def start_mixture(
     )
 
 
-def _floor(x: Tensor, mass: Tensor, regularization: float) -> Tensor:
+def variances(features: Sequence[Tensor], masses: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the weighted variance of each feature, `(*batch, 1, D)`, for M sets of samples."""
+    weights = [mass.unsqueeze(-1) for mass in masses]
+    means = ranks.sum(
+        [(w * x).sum(-2, keepdim=True) for w, x in zip(weights, features, strict=True)]
+    )
+    return ranks.sum(
+        [
+            (w * (x - mean).square()).sum(-2, keepdim=True)
+            for w, x, mean in zip(weights, features, means, strict=True)
+        ]
+    )
+
+
+def variance_floor(variance: Tensor, regularization: float) -> Tensor:
     """Return what is added to variances, `(*batch, 1, 1)`, relative to those of the data."""
-    level = _variance(x, mass).mean(-1, keepdim=True)
+    level = variance.mean(-1, keepdim=True)
     return regularization * torch.where(level == 0, 1.0, level)
 
 
@@ -531,12 +595,13 @@ def _iterate(
     iterations: int,
     tolerance: float,
     floor: Tensor,
+    ranks: Ranks,
 ) -> GaussianMixture:
     """Run EM until every problem has converged; one that has is left alone."""
     done = torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
     previous: Tensor | None = None
     for _ in range(iterations):
-        updated, likelihood = _em_step(x, mass, mixture, floor)
+        updated, likelihood = _em_step(x, mass, mixture, floor, ranks)
         if tolerance == 0:
             mixture = updated
             continue
@@ -552,36 +617,30 @@ def _iterate(
 
 
 def _em_step(
-    x: Tensor, mass: Tensor, mixture: GaussianMixture, floor: Tensor
+    x: Tensor, mass: Tensor, mixture: GaussianMixture, floor: Tensor, ranks: Ranks
 ) -> tuple[GaussianMixture, Tensor]:
-    """Return the next mixture and the mean log-likelihood of this one."""
-    log_joint = mixture._log_joint(x)
-    responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
-    with torch.no_grad():
-        likelihood = (mass * log_joint.logsumexp(-1)).sum(-1)
-    return _maximise(x, responsibilities, mixture, floor), likelihood
-
-
-def _maximise(
-    x: Tensor, responsibilities: Tensor, mixture: GaussianMixture, floor: Tensor
-) -> GaussianMixture:
-    """Return the mixture that `responsibilities` `(*batch, N, K)` make likeliest.
+    """Return the next mixture and the mean log-likelihood of this one.
 
     `floor` `(*batch, 1, 1)` is added to the variances. Deviations are taken from the new means:
     E x^2 - mu^2 would lose the variance of a narrow component to rounding.
     """
-    weights = responsibilities.sum(-2)
+    log_joint = mixture._log_joint(x)
+    responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
+    with torch.no_grad():
+        likelihood = (mass * log_joint.logsumexp(-1)).sum(-1)
+    weights, means, likelihood = ranks.sum(
+        [responsibilities.sum(-2), responsibilities.mT @ x, likelihood]
+    )
     dead = weights <= torch.finfo(x.dtype).eps
     safe = torch.where(dead, 1.0, weights)
-    means = (responsibilities.mT @ x) / safe.unsqueeze(-1)
-    means = torch.where(dead.unsqueeze(-1), mixture.means, means)
+    means = torch.where(dead.unsqueeze(-1), mixture.means, means / safe.unsqueeze(-1))
     total = weights.sum(-1, keepdim=True)
     absent = total == 0
     weights = torch.where(absent, mixture.weights, weights / torch.where(absent, 1.0, total))
 
     if mixture.covariance_type in ("diag", "spherical"):
         deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
-        scatter = (responsibilities.unsqueeze(-1) * deviation.square()).sum(-3)
+        (scatter,) = ranks.sum([(responsibilities.unsqueeze(-1) * deviation.square()).sum(-3)])
         covariances = scatter / safe.unsqueeze(-1) + floor
         dead = dead.unsqueeze(-1)
         if mixture.covariance_type == "spherical":
@@ -589,20 +648,24 @@ def _maximise(
     else:
         deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
         scatter = (responsibilities.mT.unsqueeze(-1) * deviation).mT @ deviation
+        if mixture.covariance_type == "tied":
+            scatter = scatter.sum(-3)
+        (scatter,) = ranks.sum([scatter])
         diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         if mixture.covariance_type == "tied":
-            covariances = scatter.sum(-3) / torch.where(absent, 1.0, total).unsqueeze(-1)
+            covariances = scatter / torch.where(absent, 1.0, total).unsqueeze(-1)
             covariances = covariances + floor * diagonal
             dead = absent.unsqueeze(-1)
         else:
             covariances = scatter / safe[..., None, None] + floor.unsqueeze(-1) * diagonal
             dead = dead[..., None, None]
-    return replace(
+    updated = replace(
         mixture,
         weights=weights,
         means=means,
         covariances=torch.where(dead, mixture.covariances, covariances),
     )
+    return updated, likelihood.detach()
 
 
 def _merge(
@@ -666,13 +729,6 @@ def _square_like(scale: Tensor, mixture: GaussianMixture) -> Tensor:
     """Return scale^2, `(*batch, 1, 1)`, in a shape that multiplies the covariances."""
     batch = scale.shape[:-2]
     return scale.square().reshape(*batch, *[1] * (mixture.covariances.ndim - len(batch)))
-
-
-def _variance(x: Tensor, mass: Tensor) -> Tensor:
-    """Return the weighted variance of each feature, `(*batch, 1, D)`."""
-    mass = mass.unsqueeze(-1)
-    mean = (mass * x).sum(-2, keepdim=True)
-    return (mass * (x - mean).square()).sum(-2, keepdim=True)
 
 
 def _whiten(covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -272,7 +272,7 @@ def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)
     there = torch.cat([mass != 0 for mass in samples.masses], -1)
-    stride = -(-points.shape[-2] // _MEDIAN_SAMPLES)
+    stride = max(1, -(-points.shape[-2] // _MEDIAN_SAMPLES))
     points, there = points[..., ::stride, :], there[..., ::stride]
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from multialign._distributed import ProcessGroup, gatherer
+from multialign._distributed import ProcessGroup, Ranks
 from multialign._validation import (
+    Samples,
     check_choice,
     check_positive,
     check_samples,
@@ -21,6 +23,9 @@ __all__ = ["GaussianMomentLoss", "gaussian_moment_loss"]
 
 Moment = Literal["mean", "covariance", "skewness"]
 FeatureReduction = Literal["sum", "mean"]
+
+# Rows are taken in blocks of about so many entries.
+_BLOCK_ENTRIES = 2**18
 
 MOMENTS: tuple[Moment, ...] = ("mean", "covariance", "skewness")
 
@@ -75,13 +80,14 @@ def gaussian_moment_loss(
         tensor(1.)
     """
     _check_options(moments, feature_reduction, eps)
-    samples = check_samples(features, weights, gather=gatherer(process_group))
-
+    ranks = Ranks(process_group)
+    samples = check_samples(features, weights, gather=ranks.note)
     with full_precision(samples.features[0]):
-        statistics: dict[str, list[Tensor]] = {moment: [] for moment in moments}
-        for x, mass in zip(samples.features, samples.masses, strict=True):
-            for moment, value in _moments(x, mass, moments, eps).items():
-                statistics[moment].append(value)
+        rows = [reference_row(*pair) for pair in zip(samples.features, samples.masses, strict=True)]
+        origins = ranks.first_rows(rows, samples.present)
+        masses, present = ranks.normalise(samples.masses, samples.present)
+        samples = samples._replace(masses=masses, present=present)
+        statistics = _moments(samples, origins, moments, eps, ranks)
         batch_dims = samples.present.ndim - 1
         loss = samples.present.new_zeros(())
         for values in statistics.values():
@@ -153,24 +159,93 @@ class GaussianMomentLoss(nn.Module):
         )
 
 
-def _moments(x: Tensor, mass: Tensor, moments: Sequence[str], eps: float) -> dict[str, Tensor]:
-    """Return the chosen moments of one modality, `(*batch, D)` or `(*batch, D, D)`."""
-    origin = reference_row(x, mass)
-    weight = mass.unsqueeze(-1)
-    shifted = torch.where(weight == 0, x.new_zeros(()), x - origin)
-    mean = (weight * shifted).sum(-2, keepdim=True)
-    deviation = torch.where(weight == 0, x.new_zeros(()), shifted - mean)
+def _moments(
+    samples: Samples, origins: Sequence[Tensor], moments: Sequence[str], eps: float, ranks: Ranks
+) -> dict[str, list[Tensor]]:
+    """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
+
+    Each needs the one before it, over all ranks, and so costs one collective.
+    """
+    uniform = not samples.weighted and ranks.group is None
+    sums = [
+        _Sums(x, None if uniform else mass, origin)
+        for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
+    ]
+    zeros = [torch.zeros_like(origin) for origin in origins]
+    steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
     result = {}
     if "mean" in moments:
-        result["mean"] = (origin + mean).squeeze(-2)
+        result["mean"] = [
+            (origin + step).squeeze(-2) for origin, step in zip(origins, steps, strict=True)
+        ]
     if "covariance" in moments:
-        result["covariance"] = deviation.mT @ (weight * deviation)
+        result["covariance"] = ranks.sum(
+            [s.products(step) for s, step in zip(sums, steps, strict=True)]
+        )
     if "skewness" in moments:
-        variance = (weight * deviation.square()).sum(-2, keepdim=True)
-        constant = variance == 0  # where the gradient of sqrt is infinite
-        spread = torch.where(constant, x.new_ones(()), variance).sqrt() + eps
-        result["skewness"] = (weight * (deviation / spread).pow(3)).sum(-2)
+        if "covariance" in moments:
+            variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in result["covariance"]]
+        else:
+            variances = ranks.sum(
+                [s.over(step, torch.square) for s, step in zip(sums, steps, strict=True)]
+            )
+        cubes = []
+        for s, step, variance in zip(sums, steps, variances, strict=True):
+            constant = variance == 0  # where the gradient of sqrt is infinite
+            # Divided before the cube: a third moment may leave the range of float32.
+            scale = 1 / (torch.where(constant, 1.0, variance).sqrt() + eps)
+            cubes.append(s.over(step, partial(_scaled_cube, scale=scale)).squeeze(-2))
+        result["skewness"] = ranks.sum(cubes)
     return result
+
+
+def _scaled_cube(deviation: Tensor, scale: Tensor) -> Tensor:
+    return (deviation * scale).pow(3)
+
+
+class _Sums:
+    """Weighted sums over the rows of one modality, in blocks of rows that stay in the cache.
+
+    Args:
+        x: `(*batch, N, D)`.
+        mass: `(*batch, N)`; None for 1 / N each.
+        origin: `(*batch, 1, D)`, a row to measure from.
+    """
+
+    def __init__(self, x: Tensor, mass: Tensor | None, origin: Tensor) -> None:
+        row_entries = x[..., :1, :].numel()
+        rows = max(1, _BLOCK_ENTRIES // max(row_entries, 1))
+        self.blocks = x.split(rows, -2)
+        self.weights: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if mass is not None:
+            self.weights = mass.unsqueeze(-1).split(rows, -2)
+        self.share = 1.0 if mass is not None else 1 / max(x.shape[-2], 1)
+        self.origin = origin
+
+    def over(self, step: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean of function(x - origin - step), `(*batch, 1, D)`."""
+        parts = []
+        for deviation, weight in self._deviations(step):
+            value = function(deviation)
+            value = value if weight is None else weight * value
+            parts.append(value.sum(-2, keepdim=True))
+        return self.share * sum(parts[1:], parts[0])
+
+    def products(self, step: Tensor) -> Tensor:
+        """Return the mean of d d^T for d = x - origin - step, `(*batch, D, D)`."""
+        parts = []
+        for deviation, weight in self._deviations(step):
+            weighted = deviation if weight is None else weight * deviation
+            parts.append(deviation.mT @ weighted)
+        return self.share * sum(parts[1:], parts[0])
+
+    def _deviations(self, step: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for x, weight in zip(self.blocks, self.weights, strict=True):
+            # Twice subtracted: the sum of origin and step would be rounded to the data's offset.
+            deviation = x - self.origin - step
+            if weight is not None:
+                deviation = torch.where(weight == 0, 0.0, deviation)
+            yield deviation, weight
 
 
 def _pairwise_spread(values: Tensor, present: Tensor) -> Tensor:

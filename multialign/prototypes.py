@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from multialign._distributed import ProcessGroup, broadcast, gatherer
+from multialign._distributed import ProcessGroup, Ranks
 from multialign._validation import (
     Samples,
     check_choice,
@@ -18,7 +19,6 @@ from multialign._validation import (
     check_positive,
     check_samples,
     full_precision,
-    pad_empty,
 )
 from multialign.costs import bures_wasserstein_cost, squared_euclidean_cost
 from multialign.mixture import (
@@ -29,8 +29,11 @@ from multialign.mixture import (
     check_fit_options,
     check_momentum,
     choose_rows,
+    draw_means,
     fit_gaussian_mixture,
     start_mixture,
+    variance_floor,
+    variances,
 )
 from multialign.ops import Backend
 from multialign.transport.solution import TransportSolution
@@ -168,7 +171,8 @@ def prototype_alignment_loss(
         method: As in :func:`multi_marginal_sinkhorn`.
         backend: As in :func:`multi_marginal_sinkhorn`.
         generator: Draws the seeds; None stands for torch's global generator.
-        process_group: Given one, the loss is that of all ranks' samples together.
+        process_group: Given one, the loss is that of all ranks' samples together. They stay on
+            their ranks, but for the draw of seeds, which the first rank makes for all.
 
     Returns:
         A scalar, the mean over the batch, in squared units of the features.
@@ -211,10 +215,11 @@ def prototype_alignment_loss(
         generator=generator,
         process_group=process_group,
     )
-    samples = check_samples(features, weights, gather=gatherer(process_group))
+    ranks = Ranks(process_group)
+    samples = _check_samples(features, weights, ranks)
     counts = _counts(num_prototypes, len(samples.features), matching)
     with full_precision(samples.features[0]):
-        return _align(samples, _fit(samples, counts, options), options).loss
+        return _align(samples, _fit(samples, counts, options, ranks), options, ranks).loss
 
 
 class PrototypeAlignmentLoss(nn.Module):
@@ -327,7 +332,8 @@ class PrototypeAlignmentLoss(nn.Module):
     ) -> PrototypeAlignment:
         """Return the loss of M feature sets with all its parts."""
         options = self.options
-        samples = check_samples(features, weights, gather=gatherer(options.process_group))
+        ranks = Ranks(options.process_group)
+        samples = _check_samples(features, weights, ranks)
         counts = _counts(self.num_prototypes, len(samples.features), options.matching)
         models = self._models(counts)
         starts = [model.running for model in models]
@@ -335,14 +341,14 @@ class PrototypeAlignmentLoss(nn.Module):
             if not self.training and all(start is not None for start in starts):
                 mixtures = [start for start in starts if start is not None]
             else:
-                mixtures = _fit(samples, counts, options, starts)
+                mixtures = _fit(samples, counts, options, ranks, starts)
                 mixtures = [
                     model.remember(mixture, present != 0)
                     for model, mixture, present in zip(
                         models, mixtures, samples.present, strict=True
                     )
                 ]
-            return _align(samples, mixtures, options)
+            return _align(samples, mixtures, options, ranks)
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -358,6 +364,8 @@ class PrototypeAlignmentLoss(nn.Module):
             self.prototypes = nn.ModuleList()  # nothing is remembered: M may change
         if len(self.prototypes) == 0:
             self.prototypes.extend(self._model(count) for count in counts)
+        # A first call in eval mode, as Lightning's sanity check makes, must not leave them in it.
+        self.prototypes.train(self.training)
         if len(self.prototypes) != len(counts):
             raise ValueError(
                 f"features must have the {len(self.prototypes)} modalities whose prototypes are "
@@ -375,8 +383,9 @@ class PrototypeAlignmentLoss(nn.Module):
             regularization=self.options.regularization,
             differentiate=self.options.differentiate,
             generator=self.options.generator,
+            process_group=self.options.process_group,
         )
-        return model.train(self.training)
+        return model
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -391,17 +400,25 @@ class PrototypeAlignmentLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def _check_samples(features: object, weights: object, ranks: Ranks) -> Samples:
+    """Return this rank's samples, weighed against those of all ranks."""
+    samples = check_samples(features, weights, gather=ranks.note)
+    masses, present = ranks.normalise(samples.masses, samples.present)
+    return samples._replace(masses=masses, present=present)
+
+
 def _fit(
     samples: Samples,
     counts: Sequence[int],
     options: _Options,
+    ranks: Ranks,
     starts: Sequence[GaussianMixture | None] | None = None,
 ) -> list[GaussianMixture]:
     """Fit a mixture to each modality, from `starts` where there are any."""
     if starts is None:
         starts = [None] * len(counts)
     if any(start is None for start in starts):
-        seeds = _seeds(samples, counts, options)
+        seeds = _seeds(samples, counts, options, ranks)
         starts = [
             seed if start is None else start for seed, start in zip(seeds, starts, strict=True)
         ]
@@ -417,12 +434,16 @@ def _fit(
             tolerance=0.0,
             regularization=options.regularization,
             differentiate=options.differentiate,
+            process_group=options.process_group,
         )
 
-    sizes = {x.shape[-2] for x in samples.features}
     begin = [start for start in starts if start is not None]
-    if len(sizes) == 1 and len(set(counts)) == 1:
-        # Modalities of equal size are one batch of problems.
+    sizes = {x.shape[-2] for x in samples.features}
+    if len(set(counts)) == 1 and (len(sizes) == 1 or ranks.group is not None):
+        # Modalities of equal size are one batch of problems. Over ranks all must be, since sizes
+        # may be equal on one and not on another.
+        if len(sizes) > 1:
+            samples = _pad(samples, max(sizes))
         fields = {
             name: torch.stack([getattr(start, name) for start in begin])
             for name in ("weights", "means", "covariances")
@@ -446,35 +467,59 @@ def _fit(
     ]
 
 
-def _seeds(samples: Samples, counts: Sequence[int], options: _Options) -> list[GaussianMixture]:
+def _pad(samples: Samples, count: int) -> Samples:
+    """Give all modalities `count` rows, the last ones absent."""
+    missing = [count - x.shape[-2] for x in samples.features]
+    return samples._replace(
+        features=[
+            functional.pad(x, (0, 0, 0, n)) for x, n in zip(samples.features, missing, strict=True)
+        ],
+        masses=[functional.pad(x, (0, n)) for x, n in zip(samples.masses, missing, strict=True)],
+    )
+
+
+def _seeds(
+    samples: Samples, counts: Sequence[int], options: _Options, ranks: Ranks
+) -> list[GaussianMixture]:
     """Return a mixture to start from for each modality, from k-means++ rows."""
-    samples = pad_empty(samples)
+
+    def choose(samples: Samples) -> list[Tensor]:
+        return _choose_rows(samples, counts, options.generator)
+
+    means = draw_means(samples, counts, choose, ranks)
+    spreads = variances(samples.features, samples.masses, ranks)
+    return [
+        start_mixture(
+            mean, spread, variance_floor(spread, options.regularization), options.covariance_type
+        )
+        for mean, spread in zip(means, spreads, strict=True)
+    ]
+
+
+def _choose_rows(
+    samples: Samples, counts: Sequence[int], generator: torch.Generator | None
+) -> list[Tensor]:
+    """Return the indices `(*batch, K_m)` of each modality's seeds."""
 
     def choose(x: Tensor, mass: Tensor, count: int) -> Tensor:
-        rows = choose_rows(x, mass, count, init="kmeans++", generator=options.generator)
-        return broadcast(rows, options.process_group)
+        return choose_rows(x, mass, count, init="kmeans++", generator=generator)
 
     if len({x.shape[-2] for x in samples.features}) > 1:
-        chosen = [
+        return [
             choose(x, mass, count)
             for x, mass, count in zip(samples.features, samples.masses, counts, strict=True)
         ]
-    else:
-        joint, mass = _joint_samples(samples)
-        paired = choose(joint, mass, max(counts))
-        chosen = [paired[..., :count] for count in counts]
-        if samples.weighted:
-            # Where no row is complete there is nothing to pair.
-            own = choose(torch.stack(samples.features), torch.stack(samples.masses), max(counts))
-            complete = mass.sum(-1, keepdim=True) > 0
-            chosen = [
-                torch.where(complete, rows, own[m, ..., : counts[m]])
-                for m, rows in enumerate(chosen)
-            ]
-    return [
-        start_mixture(x, mass, rows, options.covariance_type, options.regularization)
-        for x, mass, rows in zip(samples.features, samples.masses, chosen, strict=True)
-    ]
+    joint, mass = _joint_samples(samples)
+    paired = choose(joint, mass, max(counts))
+    chosen = [paired[..., :count] for count in counts]
+    if samples.weighted:
+        # Where no row is complete there is nothing to pair.
+        own = choose(torch.stack(samples.features), torch.stack(samples.masses), max(counts))
+        complete = mass.sum(-1, keepdim=True) > 0
+        chosen = [
+            torch.where(complete, rows, own[m, ..., : counts[m]]) for m, rows in enumerate(chosen)
+        ]
+    return chosen
 
 
 @torch.no_grad()
@@ -496,7 +541,7 @@ def _joint_samples(samples: Samples) -> tuple[Tensor, Tensor]:
 
 
 def _align(
-    samples: Samples, mixtures: list[GaussianMixture], options: _Options
+    samples: Samples, mixtures: list[GaussianMixture], options: _Options, ranks: Ranks
 ) -> PrototypeAlignment:
     """Return Eq. 9 and its parts for given mixtures."""
     scale = 1 / samples.features[0].shape[-1] if options.cost_reduction == "mean" else 1.0
@@ -520,7 +565,8 @@ def _align(
     )
     transport = solution.value if options.objective == "regularized" else solution.transport_cost
     transport_loss = transport.mean()
-    prototype_loss = scale * _calibration(samples, mixtures, solution, options.matching).mean()
+    calibration = _calibration(samples, mixtures, solution, options.matching, ranks)
+    prototype_loss = scale * calibration.mean()
     return PrototypeAlignment(
         loss=options.transport_weight * transport_loss + options.prototype_weight * prototype_loss,
         transport_loss=transport_loss,
@@ -535,22 +581,26 @@ def _calibration(
     mixtures: Sequence[GaussianMixture],
     solution: TransportSolution,
     matching: Matching,
+    ranks: Ranks,
 ) -> Tensor:
     """Return the second term of Eq. 9, the mean over ordered pairs of modalities, `(*batch)`."""
     count = len(mixtures)
+    pairs = list(permutations(range(count), 2))
+    posteriors = [
+        mass.unsqueeze(-1) * mixture.posterior(x)
+        for x, mass, mixture in zip(samples.features, samples.masses, mixtures, strict=True)
+    ]
+    terms = []
+    for i, j in pairs:
+        targets = mixtures[j].means
+        if matching == "plan":
+            targets = _barycentres(solution.pairwise_marginal(i, j), targets)
+        distance = squared_euclidean_cost(samples.features[i], targets)
+        terms.append((posteriors[i] * distance).sum((-2, -1)))
     total = torch.zeros_like(samples.present[0])
-    for i, (x, mass) in enumerate(zip(samples.features, samples.masses, strict=True)):
-        posterior = mass.unsqueeze(-1) * mixtures[i].posterior(x)
-        for j in range(count):
-            if j == i:
-                continue
-            targets = mixtures[j].means
-            if matching == "plan":
-                targets = _barycentres(solution.pairwise_marginal(i, j), targets)
-            distance = squared_euclidean_cost(x, targets)
-            term = (posterior * distance).sum((-2, -1))
-            total = total + samples.present[i] * samples.present[j] * term
-    return total / (count * (count - 1))
+    for (i, j), term in zip(pairs, ranks.sum(terms), strict=True):
+        total = total + samples.present[i] * samples.present[j] * term
+    return total / len(pairs)
 
 
 def _barycentres(plan: Tensor, means: Tensor) -> Tensor:

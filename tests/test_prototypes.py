@@ -232,6 +232,14 @@ class TestMomentum:
         torch.testing.assert_close(module.state_dict(), before)
         assert loss.isfinite()
 
+    def test_a_first_call_in_eval_mode_does_not_keep_it_from_learning(self):
+        module = PrototypeAlignmentLoss(3, momentum=0.2).eval()
+        module(features((20, 20)))
+        assert not module.state_dict()
+        module.training = True  # as Lightning restores it, which knows only the modules it saw
+        module(features((20, 20)))
+        assert len(module.state_dict()) == 6
+
     def test_gradient_reaches_small_batches(self):
         module = PrototypeAlignmentLoss(5, momentum=0.1, em_iterations=1)
         for _ in range(3):

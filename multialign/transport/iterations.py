@@ -37,9 +37,8 @@ _ARMIJO = 1e-4
 _HALVINGS = 10
 # At the last level, so many steps in a row without a smaller error are the end: rounding.
 _PATIENCE = 50
-# Up to this many entries a plan is kept whole, in a few large operations a step.
-_JOINT_ENTRIES = 2**12
-_MAX_WORKING = 2**24
+# Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
+_JOINT_WORK = 2**21
 
 # Sinkhorn: a level is left at this L1 error or after so many sweeps.
 _SWEEP_ERROR = 1e-2
@@ -288,9 +287,8 @@ class _Eliminated:
 
 
 def _fits(problem: Problem) -> bool:
-    entries = math.prod(problem.sizes)
-    working = entries * sum(problem.sizes) * problem.epsilon.numel()
-    return entries <= _JOINT_ENTRIES and working <= _MAX_WORKING
+    work = math.prod(problem.sizes) * sum(problem.sizes) ** 2
+    return work * problem.epsilon.numel() <= _JOINT_WORK
 
 
 def _line_search(
