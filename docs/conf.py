@@ -1,7 +1,9 @@
 """Configuration of the documentation. Building it needs no network."""
 
+import csv
 import os
 from importlib.resources import files
+from pathlib import Path
 
 import pybtex.plugin
 from pybtex.richtext import Text
@@ -24,7 +26,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_generated"]
 templates_path = ["_templates"]
 default_role = "code"
 
@@ -95,5 +97,37 @@ def hide_constructor(app, what, name, obj, options, signature, return_annotation
     return ("", None) if name == "multialign.TransportSolution" else None
 
 
+def write_benchmarks(app):
+    """Make a table of each recorded benchmark; the first provider of a size is the measure."""
+    here = Path(app.srcdir)
+    (here / "_generated").mkdir(exist_ok=True)
+    for path in sorted((here.parent / "benchmarks" / "results").glob("*.csv")):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        lines = [".. list-table::", "   :header-rows: 1", ""]
+        header = ["What", "Size", "Provider", "ms (20-80 %)", "Times ours", "Peak MiB", "Error"]
+        table = [header]
+        ours = {}
+        for row in rows:
+            key = row["case"], row["size"]
+            ours.setdefault(key, float(row["milliseconds"]))
+            ratio = float(row["milliseconds"]) / ours[key]
+            spread = f"{float(row['milliseconds']):.4g} ({row['low']}-{row['high']})"
+            cells = [row["case"].split(";")[0], row["size"], row["provider"], spread]
+            cells += [f"{ratio:.2f}", row["peak_mib"], row["error"]]
+            table.append(["" if cell == "nan" else cell for cell in cells])
+        for cells in table:
+            lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
+        first = rows[0]
+        lines += [
+            "",
+            f"Recorded on {first['machine']}; torch {first['torch']}, Python {first['python']}, "
+            f"commit {first['commit']}.",
+            "",
+        ]
+        (here / "_generated" / f"{path.stem}.rst").write_text("\n".join(lines))
+
+
 def setup(app):
     app.connect("autodoc-process-signature", hide_constructor)
+    app.connect("builder-inited", write_benchmarks)

@@ -26,7 +26,7 @@ __all__ = ["MMDLoss", "mmd_loss"]
 
 # Up to this many entries a kernel matrix is held, with derivatives of every order; beyond it, it is
 # streamed in blocks.
-_HELD_ENTRIES = 2**20
+_HELD_ENTRIES = 2**16
 # The median distance is taken over at most so many samples, evenly spaced among all.
 _MEDIAN_SAMPLES = 2048
 
@@ -62,7 +62,7 @@ def mmd_loss(
       linear in N, and equal to "biased" up to an error of the order of
       :math:`1/\sqrt{\text{num\_features}}`. The frequencies are drawn anew at each call.
 
-    Kernel matrices of more than 2^20 entries are never held: they are streamed in blocks, with
+    Kernel matrices of more than 2^16 entries are never held: they are streamed in blocks, with
     memory O(N D), and then have first derivatives only.
 
     Args:
@@ -204,7 +204,7 @@ def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: b
             diagonal = mass.square().sum(-1)
             several = (mass != 0).sum(-1) > 1
             pairs = torch.where(several, 1 - diagonal, 1.0)
-            total = torch.where(several, (total - diagonal) / pairs, 0.0)
+            total = torch.where(several, (total - diagonal.double()) / pairs, 0.0)
         within.append(total)
     if unbiased:
         counts = torch.stack([(mass != 0).sum(-1) for mass in samples.masses])
@@ -220,11 +220,14 @@ def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: b
             sigmas,
         )
         loss = loss + present[i] * present[j] * (within[i] + within[j] - 2 * across)
-    return loss
+    return loss.to(present.dtype)
 
 
 def _form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, sigmas: list[Tensor]) -> Tensor:
-    """Return p^T K q, `(*batch)`, with K the average over `sigmas` of the Gaussian kernels."""
+    """Return p^T K q, `(*batch)`, with K the average over `sigmas` of the Gaussian kernels.
+
+    In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms.
+    """
     batch = p.shape[:-1]
     if p.numel() * q.shape[-1] > _HELD_ENTRIES:
         flat = [t.reshape(-1, *t.shape[len(batch) :]) for t in (x, p)]
@@ -236,7 +239,7 @@ def _form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, sigmas: list[Tensor]) -> T
     cost = squared_euclidean_cost(x, y)
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
     kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
-    return (p.unsqueeze(-2) @ kernel @ q.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+    return (p.double() * (kernel @ q.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
 
 def _random_feature_discrepancies(

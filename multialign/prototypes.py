@@ -369,13 +369,12 @@ class PrototypeAlignmentLoss(nn.Module):
         if len(self.prototypes) != len(counts):
             raise ValueError(
                 f"features must have the {len(self.prototypes)} modalities whose prototypes are "
-                f"remembered; "
-                f"got {len(counts)}"
+                f"remembered; got {len(counts)}"
             )
         return [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
 
     def _model(self, count: int) -> GaussianPrototypes:
-        model = GaussianPrototypes(
+        return GaussianPrototypes(
             count,
             covariance_type=self.options.covariance_type,
             em_iterations=self.options.em_iterations,
@@ -385,7 +384,6 @@ class PrototypeAlignmentLoss(nn.Module):
             generator=self.options.generator,
             process_group=self.options.process_group,
         )
-        return model
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -16,7 +16,9 @@ _BLOCK = 512
 
 
 def gaussian_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> Tensor:
-    """Return sum_nm p_n q_m k(x_n, y_m), `(B)`, for k the mean over s of exp(-c_s |x - y|^2).
+    """Return sum_nm p_n q_m k(x_n, y_m), `(B)` in float64.
+
+    k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`.
 
     The kernel matrix is made block by block, once, for the value and the gradients together:
     memory is O((N + M) D). If `y` is `x` and `q` is `p`, the two gradients are one. First
@@ -60,6 +62,7 @@ class _Form(torch.autograd.Function):
             _FirstOnly.apply(derivative, x)
             for derivative, x in zip(derivatives, inputs, strict=True)
         ]
+        grad = grad.to(by_x.dtype)
         row, matrix = grad[:, None], grad[:, None, None]
         return matrix * by_x, matrix * by_y, row * by_p, row * by_q, None
 
@@ -81,7 +84,8 @@ class _SymmetricForm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         by_x, by_p, x, p = ctx.saved_tensors
         by_x, by_p = _FirstOnly.apply(by_x, x), _FirstOnly.apply(by_p, p)
-        return 2 * grad[:, None, None] * by_x, 2 * grad[:, None] * by_p, None
+        grad = 2 * grad.to(by_x.dtype)
+        return grad[:, None, None] * by_x, grad[:, None] * by_p, None
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -137,7 +141,7 @@ def _stream(
                 sums_y[:, columns] += (p[:, None, rows] @ kernel).squeeze(-2)
                 slopes_y[:, columns] += slope.mT @ left[:, rows]
 
-    value = (p * sums_x).sum(-1)
+    value = (p.double() * sums_x).sum(-1)
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
     scale = 2 * precisions[:, :1, None]
     by_x = scale * p.unsqueeze(-1) * (slopes_x[..., :-1] - slopes_x[..., -1:] * x)
@@ -150,7 +154,7 @@ def _(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        p.new_empty(p.shape[:1]),
+        p.new_empty(p.shape[:1], dtype=torch.float64),
         torch.empty_like(x),
         torch.empty_like(p),
         torch.empty_like(y),
