@@ -105,16 +105,19 @@ def write_benchmarks(app):
         with path.open() as file:
             rows = list(csv.DictReader(file))
         lines = [".. list-table::", "   :header-rows: 1", ""]
-        header = ["What", "Size", "Provider", "ms (20-80 %)", "Times ours", "Peak MiB", "Error"]
+        header = ["What", "Size", "Provider", "ms (20 to 80 %)", "Times ours", "Peak MiB", "Error"]
         table = [header]
         ours = {}
         for row in rows:
             key = row["case"], row["size"]
             ours.setdefault(key, float(row["milliseconds"]))
             ratio = float(row["milliseconds"]) / ours[key]
-            spread = f"{float(row['milliseconds']):.4g} ({row['low']}-{row['high']})"
-            cells = [row["case"].split(";")[0], row["size"], row["provider"], spread]
-            cells += [f"{ratio:.2f}", row["peak_mib"], row["error"]]
+            times = [f"{float(row[name]):,.3g}" for name in ("milliseconds", "low", "high")]
+            if float(row["milliseconds"]) >= 1000:
+                times = [f"{float(row[name]):,.0f}" for name in ("milliseconds", "low", "high")]
+            cells = [row["case"].split(";")[0], row["size"], row["provider"]]
+            cells += ["{} ({} to {})".format(*times), f"{ratio:.2f}"]
+            cells += [f"{float(row['peak_mib']):.0f}", f"{float(row['error']):.0e}"]
             table.append(["" if cell == "nan" else cell for cell in cells])
         for cells in table:
             lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
