@@ -111,7 +111,14 @@ class _FirstOnly(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("multialign::gaussian_form", mutates_args=())
+@torch.library.custom_op(
+    "multialign::gaussian_form",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor y, Tensor p, Tensor q, Tensor precisions, bool both) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 def _stream(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

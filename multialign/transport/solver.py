@@ -125,7 +125,14 @@ def solve_problem(
         return TransportSolution(problem, iterate, tolerance)
 
 
-@torch.library.custom_op("multialign::solve_transport", mutates_args=())
+@torch.library.custom_op(
+    "multialign::solve_transport",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, str method, "
+        "float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 def _solve(
     costs: list[Tensor],
     scopes: list[int],
