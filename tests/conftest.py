@@ -21,6 +21,19 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the tests run on")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "transforms: of torch.compile and torch.func")
+
+
+def pytest_collection_modifyitems(items):
+    # Eager calls work from torch 2.4 on; of the versions tested, these need the newest.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        skip = pytest.mark.skip(reason="torch.compile and torch.func: tested with torch 2.13")
+        for item in items:
+            if item.get_closest_marker("transforms"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def defaults(request):
     dtype = torch.get_default_dtype()

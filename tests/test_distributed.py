@@ -173,7 +173,7 @@ def worker(rank, path):
             if rank not in members:
                 continue
             model = nn.Linear(4, 4)
-            model.load_state_dict(torch.load(f"{path}/model.pt"))
+            model.load_state_dict(torch.load(f"{path}/model.pt", weights_only=True))
             model = DistributedDataParallel(model, process_group=group)
             member = members.index(rank)
             batch = batches(counts, weighted)[member]
@@ -203,7 +203,7 @@ def steps(tmp_path_factory):
 def test_ddp_step_equals_the_step_on_all_samples(case, steps):
     counts, weighted = CASES[case]
     model = nn.Linear(4, 4)
-    model.load_state_dict(torch.load(steps / "model.pt"))
+    model.load_state_dict(torch.load(steps / "model.pt", weights_only=True))
     results = []
     for rank in range(len(counts)):
         with open(steps / f"{case}-{rank}.pkl", "rb") as file:

@@ -124,6 +124,7 @@ class TestStreaming:
         loss = mmd_loss([x, x.clone()], bandwidth=bandwidth, estimator=estimator)
         assert loss == 0 if estimator == "biased" else loss < 0
 
+    @pytest.mark.transforms
     def test_func_and_compile(self, estimator, bandwidth):
         self.stream()
         x, y = torch.randn(3, 7, 2), torch.randn(3, 5, 2) + 1

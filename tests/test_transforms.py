@@ -68,6 +68,7 @@ def make(batch=()):
     return [torch.randn(*batch, 6, 2) + centres for _ in range(2)]
 
 
+@pytest.mark.transforms
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles_without_a_break(name):
     module = copy.deepcopy(MODULES[name])
@@ -84,6 +85,7 @@ def test_compiles_without_a_break(name):
     torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.transforms
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_func_grad_and_vmap(name, weighted):
@@ -109,6 +111,7 @@ def test_func_grad_and_vmap(name, weighted):
     torch.testing.assert_close(mapped, torch.stack(grads))
 
 
+@pytest.mark.transforms
 def test_vmap_of_the_solver():
     costs, marginal = torch.rand(4, 3, 5), torch.rand(4, 3)
 
