@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from multialign.ops import choose_backend, gaussian_form, log, logsumexp
+from tests import reference
+
+
+def test_log_of_zero_has_no_gradient():
+    x = torch.tensor([0.0, 2.0], requires_grad=True)
+    y = log(x)
+    y[1].backward()
+    assert y[0] == -torch.inf
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.5]))
+
+
+@pytest.mark.parametrize("dims", [1, [0, 2], [-1], []])
+def test_logsumexp_equals_torch(dims):
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    expected = x if dims == [] else x.logsumexp(dims)
+    torch.testing.assert_close(logsumexp(x, dims), expected)
+    assert gradcheck(lambda x: logsumexp(x, dims), (x,))
+
+
+def test_logsumexp_of_nothing_has_no_gradient():
+    x = torch.tensor([[-torch.inf, -torch.inf], [0.0, -torch.inf]], requires_grad=True)
+    y = logsumexp(x, 1)
+    torch.testing.assert_close(y, torch.tensor([-torch.inf, 0.0]))
+    y.exp().sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    assert logsumexp(torch.tensor([torch.nan, -torch.inf]), 0).isnan()
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (3, 7, 2), (31, 129, 5), (600, 520, 3)])
+@pytest.mark.parametrize("sigmas", [[1.3], [0.5, 2.0]])
+def test_gaussian_form(n, m, dim, sigmas):
+    x, y, p, q = torch.randn(1, n, dim), torch.randn(1, m, dim), torch.rand(1, n), torch.rand(1, m)
+    precisions = 0.5 / torch.tensor([sigmas]).square()
+    form = gaussian_form(x, y, p, q, precisions)
+    expected = p[0].numpy() @ reference.kernel(x[0].numpy(), y[0].numpy(), sigmas) @ q[0].numpy()
+    torch.testing.assert_close(form.item(), expected, rtol=1e-10, atol=0)
+    own = p[0].numpy() @ reference.kernel(x[0].numpy(), x[0].numpy(), sigmas) @ p[0].numpy()
+    torch.testing.assert_close(
+        gaussian_form(x, x, p, p, precisions).item(), own, rtol=1e-10, atol=0
+    )
+
+
+def test_choosing_a_backend():
+    x = torch.ones(2)
+    assert choose_backend("auto", x) == choose_backend("torch", x) == "torch"
+    with pytest.raises(NotImplementedError, match='"triton" has no kernels in this version'):
+        choose_backend("triton", x)
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton'; got 1"):
+        choose_backend(1, x)
