@@ -179,11 +179,14 @@ def check_weights(
             raise ValueError(
                 f"weights[{m}] must be on the features' device {x.device}; got {weight.device}"
             )
-        weight = weight.to(x.dtype)
-        # The gradient at weight 0 is 0: the row is absent.
-        blank = torch.where(weight == 0, weight.new_zeros(()), weight.new_full((), math.nan))
-        checked.append(torch.where(weight > 0, weight, blank))
+        checked.append(non_negative(weight.to(x.dtype)))
     return checked
+
+
+def non_negative(weight: Tensor) -> Tensor:
+    """Return `weight` with NaN for what is negative, and without gradient where it is 0."""
+    blank = torch.where(weight == 0, weight.new_zeros(()), weight.new_full((), math.nan))
+    return torch.where(weight > 0, weight, blank)
 
 
 def weigh_samples(

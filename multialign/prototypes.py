@@ -588,11 +588,16 @@ def _calibration(
         mass.unsqueeze(-1) * mixture.posterior(x)
         for x, mass, mixture in zip(samples.features, samples.masses, mixtures, strict=True)
     ]
+    plans = {}
+    if matching == "plan":
+        for i, j in combinations(range(count), 2):
+            plans[(i, j)] = solution.pairwise_marginal(i, j)
+            plans[(j, i)] = plans[(i, j)].mT
     terms = []
     for i, j in pairs:
         targets = mixtures[j].means
         if matching == "plan":
-            targets = _barycentres(solution.pairwise_marginal(i, j), targets)
+            targets = _barycentres(plans[(i, j)], targets)
         distance = squared_euclidean_cost(samples.features[i], targets)
         terms.append((posteriors[i] * distance).sum((-2, -1)))
     total = torch.zeros_like(samples.present[0])

@@ -102,9 +102,8 @@ def multi_marginal_sinkhorn_loss(
     options = (tolerance, max_iterations, method, backend)
 
     with full_precision(samples.features[0]):
-        costs = _costs(samples, edges)
-        level = _epsilon(epsilon, samples, costs)
-        loss = _solve(costs, samples.masses, level, samples, options).value
+        solution, level = _joint_term(samples, edges, epsilon, options)
+        loss = solution.value
         if debias:
             loss = loss - _self_terms(samples, edges, level, options)
         return loss.mean().to(samples.features[0].dtype)
@@ -194,9 +193,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         edges = _edges(self.graph, len(samples.features))
         options = (self.tolerance, self.max_iterations, self.method, self.backend)
         with full_precision(samples.features[0]):
-            costs = _costs(samples, edges)
-            level = _epsilon(self.epsilon, samples, costs)
-            return _solve(costs, samples.masses, level, samples, options)
+            return _joint_term(samples, edges, self.epsilon, options)[0]
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -227,10 +224,18 @@ def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
     return edges
 
 
-def _costs(samples: Samples, edges: Sequence[tuple[int, int]]) -> Costs:
-    """Return the costs in float64: the divergence is a small difference of large values."""
+def _joint_term(
+    samples: Samples,
+    edges: Sequence[tuple[int, int]],
+    epsilon: float | None,
+    options: Options,
+) -> tuple[TransportSolution, Tensor]:
+    """Return the transport between the clouds, and the epsilon `(*batch)` that it took."""
+    # In float64: the divergence is a small difference of large values.
     points = [x.double() for x in samples.features]
-    return {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
+    costs = {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
+    level = _epsilon(epsilon, samples, costs)
+    return _solve(costs, samples.masses, level, samples, options), level
 
 
 @torch.no_grad()

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign._validation import check_alike, check_positive, check_tensor, lift
+from multialign._validation import (
+    check_alike,
+    check_positive,
+    check_tensor,
+    lift,
+    non_negative,
+)
 from multialign.ops import log
 from multialign.transport.elimination import Factors, Scope, check_entries
 
@@ -207,7 +213,7 @@ def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:
     costs nothing and adds no entropy. A negative mass becomes NaN.
     """
     zero = weight == 0
-    weight = torch.where(zero, 0.0, torch.where(weight > 0, weight, math.nan))
+    weight = non_negative(weight)
     total = weight.sum(-1, keepdim=True)
     out = total == 0
     first = torch.zeros_like(weight)
@@ -217,11 +223,15 @@ def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
     """Set the cost of absent atoms to 0: whatever stands there cannot reach the result."""
-    for position, variable in enumerate(scope):
-        shape = [cost.shape[0]] + [1] * len(scope)
-        shape[1 + position] = cost.shape[1 + position]
-        cost = torch.where(absent[variable].reshape(shape), 0.0, cost)
+    for variable in scope:
+        cost = torch.where(_along(absent[variable], variable, scope), 0.0, cost)
     return cost
+
+
+def _along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
+    """Shape `(B, K)` of one variable to broadcast against a table over `scope`."""
+    shape = [vector.shape[-1] if v == variable else 1 for v in scope]
+    return vector.reshape(-1, *shape)
 
 
 def _centre(
@@ -256,10 +266,8 @@ def cost_deviation(problem: Problem) -> Tensor:
     total = torch.zeros_like(problem.epsilon)
     for scope, cost in problem.costs.items():
         weights = torch.ones_like(cost)
-        for position, variable in enumerate(scope):
-            shape = [cost.shape[0]] + [1] * len(scope)
-            shape[1 + position] = cost.shape[1 + position]
-            weights = weights * problem.marginals[variable].reshape(shape)
+        for variable in scope:
+            weights = weights * _along(problem.marginals[variable], variable, scope)
         dims = list(range(1, cost.ndim))
         mean = (weights * cost).sum(dims, keepdim=True)
         # Centred costs of different edges are uncorrelated: their variances add.
