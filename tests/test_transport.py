@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
-from multialign.transport import elimination
+from multialign.transport import reading
 from tests import reference
 
 GRAPHS = {
@@ -416,7 +416,7 @@ def test_refuses_before_it_allocates():
 def test_elimination_equals_the_joint_table(monkeypatch):
     costs, marginals = problem((3, 4, 2, 5), "cycle")
     small = solve(costs, marginals, 1.0)
-    monkeypatch.setattr(elimination, "_SMALL_ENTRIES", 0)
+    monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
     eliminated = solve(costs, marginals, 1.0)
     torch.testing.assert_close(eliminated.value, small.value)
     torch.testing.assert_close(eliminated.pairwise_marginal(1, 3), small.pairwise_marginal(1, 3))

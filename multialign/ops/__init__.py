@@ -9,10 +9,12 @@ from torch import Tensor
 from multialign._validation import check_choice
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
+from multialign.ops.products import LogProduct
 from multialign.ops.reference import log, logsumexp
 
 __all__ = [
     "Backend",
+    "LogProduct",
     "choose_backend",
     "gaussian_form",
     "log",

@@ -32,7 +32,10 @@ def register_batched_vmap(operator: Any) -> None:
         results = operator(
             *[merge(argument, dim, size) for argument, dim in zip(arguments, in_dims, strict=True)]
         )
-        return tuple(x.unflatten(0, (size, -1)) for x in results), (0,) * len(results)
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (size, -1)), 0
+        kind = type(results)
+        return kind(x.unflatten(0, (size, -1)) for x in results), kind([0] * len(results))
 
     if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
         operator.register_vmap(rule)

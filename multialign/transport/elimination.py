@@ -1,74 +1,97 @@
-"""Marginals of a product of factors, by eliminating one variable after another in the log domain.
+"""Marginals of a plan given by pairwise costs, by eliminating one variable after another.
 
-A plan T(k_1, ..., k_M) = exp(sum of factors), each factor a table over a few of the variables, is
-a probabilistic graphical model :cite:`haasler:21`. Summing a variable out joins the factors that
-hold it into one table over its neighbours. A tree of pairwise costs never makes a table larger
-than K^2, a cycle K^3, and a complete graph K^M.
+A plan T(k_1, ..., k_M) = exp(sum_p x_p(k_p) + sum_ij F_ij(k_i, k_j)) is a probabilistic graphical
+model :cite:`haasler:21`. Summing out a variable with one neighbour i leaves a vector over i (a
+log-sum-exp, K^2 operations); one with two neighbours i and k leaves a table over both (a product
+of matrices of logarithms, K^3 operations and K^2 memory). Where every variable has three
+neighbours or more, one is held at each of its values in turn, and the rest eliminated. So a chain,
+star or tree takes K^2 operations for each edge, a cycle or three marginals K^3, and a complete
+graph K^M; memory stays at K^2.
+
+Going back through the same steps, each marginal is the derivative of log sum T by a factor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations, takewhile
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from multialign.ops import logsumexp
+from multialign.ops import LogProduct, log, logsumexp
 
 __all__ = [
-    "Factors",
+    "Beliefs",
+    "Edge",
+    "Pairs",
     "Scope",
+    "Step",
+    "Which",
+    "beliefs",
     "check_entries",
     "join",
     "log_marginal",
-    "probabilities",
-    "stack_blocks",
 ]
 
 Scope = tuple[int, ...]
-Factors = Mapping[Scope, Tensor]
-"""Tables `(B, K_i, K_j, ...)` of log-weights by their variables, in increasing order."""
+Edge = tuple[int, int]
+Pairs = Mapping[Edge, Tensor]
+"""Tables `(B, K_i, K_j)` by (i, j), i < j."""
+Which = Literal["edges", "core", "all"]
+"""Pairs to know: at least those with a cost; all but those of a leaf of the graph with others than
+its neighbour; or all."""
 
-# A table this small is cheaper to build whole than to eliminate step by step.
-_SMALL_ENTRIES = 2**14
 # The largest table that is ever built: 2 GiB in float64.
 _MAX_ENTRIES = 2**28
+# Where a variable is held at its values, so many entries of a table are worked on at once.
+_CHUNK_ENTRIES = 2**20
 
 
-def log_marginal(factors: Factors, keep: Scope) -> Tensor:
-    """Return the logarithm of the sum over all variables but `keep`, `(B, *K_keep)`."""
-    tables = list(factors.items())
-    order, widest = _plan_elimination(factors, keep)
-    check_entries(tables[0][1].shape[0] * widest)
-    for variable in order:
-        scope = tuple(_neighbourhood([list(variables) for variables, _ in tables], variable))
-        joined = join([table for table in tables if variable in table[0]], scope)
-        rest = tuple(v for v in scope if v != variable)
-        tables = [table for table in tables if variable not in table[0]]
-        tables.append((rest, logsumexp(joined, 1 + scope.index(variable))))
-    return join(tables, keep)
+class Step(NamedTuple):
+    """A variable to sum out."""
+
+    variable: int
+    neighbours: tuple[int, ...]
+    """None, one or two."""
+    alone: bool
+    """Whether the neighbours have no others, so that all their factors are known by then."""
 
 
-def probabilities(factors: Factors, keeps: Sequence[Scope]) -> list[Tensor]:
-    """Return exp(log_marginal) for several sets of variables, `(B, *K_keep)` each."""
-    sizes = _sizes(factors)
-    everything = tuple(range(len(sizes)))
-    entries = math.prod(sizes)
-    batch = next(iter(factors.values())).shape[0]
-    largest = max(len(scope) for scope in factors)
-    if entries * batch > _SMALL_ENTRIES and largest < len(sizes):
-        widest = max([_plan_elimination(factors, keep)[1] for keep in keeps])
-        if widest < entries:
-            return [log_marginal(factors, keep).exp() for keep in keeps]
-    check_entries(batch * entries)
-    plan = join(list(factors.items()), everything).exp()
-    results = []
-    for keep in keeps:
-        others = [1 + v for v in everything if v not in keep]
-        results.append(plan.sum(others) if others else plan)
-    return results
+class _Order(NamedTuple):
+    """Steps after which only the variables to keep are left, or one is `held` over an order."""
+
+    steps: tuple[Step, ...]
+    held: int | None
+    inner: _Order | None
+
+
+@dataclass
+class Beliefs:
+    """What is known of a plan after it is divided by its sum."""
+
+    log_total: Tensor
+    """`(B,)`: the logarithm of that sum."""
+    marginals: dict[int, Tensor]
+    """`(B, K_p)` by p."""
+    tables: dict[Edge, Tensor]
+    """Pairwise marginals `(B, K_i, K_j)` by (i, j), i < j."""
+    leaves: tuple[Step, ...] = ()
+    """The first steps, each of a variable that had one neighbour at most. Of the pairs that these
+    variables are in, `tables` holds those with their neighbour alone."""
+
+    def table(self, i: int, j: int) -> Tensor:
+        """Return the pairwise marginal `(B, K_i, K_j)`."""
+        return _table(self.tables, i, j)
+
+    def put(self, i: int, j: int, table: Tensor) -> None:
+        """Store the pairwise marginal `(B, K_i, K_j)`."""
+        self.tables[(min(i, j), max(i, j))] = table if i < j else table.mT
 
 
 def check_entries(entries: int) -> None:
@@ -77,75 +100,270 @@ def check_entries(entries: int) -> None:
         raise MemoryError(
             f"this needs a table of {entries} entries, {entries * 8 / 2**30:.1f} GiB in float64, "
             f"more than the bound of {_MAX_ENTRIES * 8 / 2**30:.0f} GiB; use fewer or smaller "
-            f"marginals, a smaller batch, or a cost graph with fewer edges (a chain or a star "
-            f"needs tables of K^2 entries only)"
+            f"marginals, a smaller batch, or costs between pairs, {{(i, j): C_ij}}, which need "
+            f"tables of K^2 entries only"
         )
 
 
-def join(tables: Sequence[tuple[Scope, Tensor]], scope: Scope) -> Tensor:
-    """Return the sum of the tables, each broadcast to the variables in `scope`."""
+def join(tables: Mapping[Scope, Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return the sum of tables over some variables, as one over all, `(B, *sizes)`."""
+    everything = range(len(sizes))
     total: Tensor | None = None
-    for variables, table in sorted(tables, key=lambda item: len(item[0])):
-        for position, variable in enumerate(scope, start=1):
-            if variable not in variables:
-                table = table.unsqueeze(position)
+    for scope, table in sorted(tables.items(), key=lambda item: len(item[0])):
+        table = table.reshape(len(table), *[sizes[p] if p in scope else 1 for p in everything])
         total = table if total is None else total + table
     if total is None:
-        raise ValueError("no factor to join")
-    return total
+        raise ValueError("no table to join")
+    return total.expand(-1, *sizes)
 
 
-def _sizes(factors: Factors) -> tuple[int, ...]:
-    found: dict[int, int] = {}
-    for scope, table in factors.items():
-        found.update(zip(scope, table.shape[1:], strict=True))
-    return tuple(found[v] for v in sorted(found))
+def log_marginal(unaries: Sequence[Tensor], pairs: Pairs, keep: Scope = ()) -> Tensor:
+    """Return the logarithm of the sum over all variables but `keep`, `(B, *K_keep)`.
 
-
-def _elimination_order(
-    scopes: tuple[Scope, ...], sizes: tuple[int, ...], keep: Scope
-) -> tuple[tuple[int, ...], int]:
-    """Return the variables to sum out in order, and the entries of the largest table on the way.
-
-    Each time the variable goes whose joined table is smallest.
+    `keep` holds up to two variables, in increasing order.
     """
-    # Lists, which torch.compile can follow, in place of sets and generators.
-    tables = [list(scope) for scope in scopes]
-    remaining = [v for v in range(len(sizes)) if v not in keep]
-    order, widest = [], math.prod([sizes[v] for v in keep])
-    while remaining:
-        best, best_entries = remaining[0], -1
-        for variable in remaining:
-            entries = math.prod([sizes[v] for v in _neighbourhood(tables, variable)])
-            if best_entries < 0 or entries < best_entries:
-                best, best_entries = variable, entries
-        joined = _neighbourhood(tables, best)
-        order.append(best)
-        widest = max(widest, best_entries)
-        tables = [table for table in tables if best not in table]
-        tables.append([v for v in joined if v != best])
-        remaining = [v for v in remaining if v != best]
-    return tuple(order), widest
+    found = dict(enumerate(unaries))
+    return _log_marginal(found, pairs, _plan(found, pairs, keep), keep)
 
 
-_cached_elimination_order = lru_cache(maxsize=4096)(_elimination_order)
+def beliefs(unaries: Sequence[Tensor], pairs: Pairs, which: Which) -> Beliefs:
+    """Return the marginals of all variables, and of pairs of them."""
+    found = dict(enumerate(unaries))
+    return _beliefs(found, pairs, _plan(found, pairs, ()), which)
 
 
-def _plan_elimination(factors: Factors, keep: Scope) -> tuple[tuple[int, ...], int]:
-    # torch.compile traces once, and cannot see into a cache.
-    plan = _elimination_order if torch.compiler.is_compiling() else _cached_elimination_order
-    return plan(tuple(factors), _sizes(factors), keep)
+def _log_marginal(
+    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope
+) -> Tensor:
+    rest = _Collected(unaries, pairs, order.steps)
+    trailing = [1] * len(keep)
+    if order.held is None or order.inner is None:
+        total = rest.constant.reshape(-1, *trailing)
+        for p, x in rest.unaries.items():
+            total = total + x.reshape(len(x), *[-1 if p == v else 1 for v in keep])
+        for table in rest.pairs.values():
+            total = total + table
+        return total
+    inner, parts = order.inner, []
+    for part in _hold(rest, order.held):
+
+        def total_of(part: _Part = part) -> Tensor:
+            found = _log_marginal(part.unaries, part.pairs, inner, keep)
+            found = found.unflatten(0, part.weights.shape)
+            return logsumexp(found + part.weights.reshape(*part.weights.shape, *trailing), 1)
+
+        parts.append(_recomputed(total_of))
+    return logsumexp(torch.stack(parts), 0) + rest.constant.reshape(-1, *trailing)
 
 
-def _neighbourhood(tables: list[list[int]], variable: int) -> list[int]:
-    """Return the variables of all tables that hold `variable`, in increasing order."""
-    found: list[int] = []
-    for table in tables:
-        if variable in table:
-            found.extend([v for v in table if v not in found])
-    return sorted(found)
+def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: Which) -> Beliefs:
+    rest = _Collected(unaries, pairs, order.steps)
+    if order.held is None or order.inner is None:
+        result = Beliefs(rest.constant, {}, {})
+    else:
+        result = _mix(rest, order.held, order.inner)
+    leaves = tuple(takewhile(lambda step: len(step.neighbours) < 2, order.steps))
+    result.leaves = () if which == "all" else leaves
+    for number in reversed(range(len(order.steps))):
+        step, way = order.steps[number], rest.ways[number]
+        j, known = step.variable, list(result.marginals)
+        # Which pairs with variables that are no neighbours are to be known.
+        others = [q for q in known if q not in step.neighbours]
+        if which == "edges" or number < len(result.leaves):
+            others = []
+        if isinstance(way, LogProduct):
+            i, k = step.neighbours
+            left, right = way.spread(result.table(i, k))
+            result.put(i, j, left)
+            result.put(j, k, right)
+            result.marginals[j] = right.sum(-1)
+            for q in others:
+                edge = (min(q, j), max(q, j))
+                joint = _log_marginal(unaries, pairs, _plan(unaries, pairs, edge), edge)
+                result.tables[edge] = (joint - result.log_total[:, None, None]).exp()
+            continue
+        for i in step.neighbours:
+            result.put(i, j, result.marginals[i].unsqueeze(-1) * way)
+        for q in others:
+            if step.neighbours:
+                result.put(q, j, result.table(q, step.neighbours[0]) @ way)
+            else:
+                result.put(q, j, result.marginals[q].unsqueeze(-1) * way.unsqueeze(-2))
+        result.marginals[j] = result.table(*step.neighbours, j).sum(1) if step.neighbours else way
+    return result
 
 
-def stack_blocks(blocks: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the matrix `(B, S, S)` made of blocks `(B, K_p, K_q)`."""
-    return torch.cat([torch.cat(list(row), -1) for row in blocks], -2)
+class _Collected:
+    """What is left after some variables were summed out, and the way back."""
+
+    def __init__(self, unaries: Mapping[int, Tensor], pairs: Pairs, steps: Sequence[Step]) -> None:
+        self.unaries, self.pairs = dict(unaries), dict(pairs)
+        first = next(iter(unaries.values()))
+        self.constant = first.new_zeros(len(first))
+        # For each step: p(j | i), `(B, K_i, K_j)`, if j had one neighbour; p(j) if it had none.
+        self.ways: list[Tensor | LogProduct] = []
+        for step in steps:
+            x = self.unaries.pop(step.variable)
+            if not step.neighbours:
+                way, total = _softmax(x)
+                self.constant = self.constant + total
+            elif len(step.neighbours) == 1:
+                (i,) = step.neighbours
+                way, total = _softmax(self._take(i, step.variable) + x.unsqueeze(-2))
+                self.unaries[i] = self.unaries[i] + total
+            else:
+                way = self._multiply(step, x)
+            self.ways.append(way)
+
+    def _multiply(self, step: Step, x: Tensor) -> LogProduct:
+        i, k = step.neighbours
+        # Half of the potential goes to each factor: the two are large at the same places.
+        half = x / 2
+        a = self._take(i, step.variable) + half.unsqueeze(-2)
+        b = self._take(step.variable, k) + half.unsqueeze(-1)
+        edge = self.pairs.get((i, k))
+        weight = None
+        if step.alone:
+            weight = self.unaries[i].unsqueeze(-1) + self.unaries[k].unsqueeze(-2)
+            weight = weight if edge is None else weight + edge
+        product = LogProduct(a, b, weight)
+        self.pairs[(i, k)] = product.values if edge is None else edge + product.values
+        return product
+
+    def _take(self, i: int, j: int) -> Tensor:
+        return self.pairs.pop((i, j)) if i < j else self.pairs.pop((j, i)).mT
+
+
+class _Part(NamedTuple):
+    """A plan with one variable held at n of its values, as a batch of B n."""
+
+    unaries: dict[int, Tensor]
+    pairs: dict[Edge, Tensor]
+    weights: Tensor
+    """`(B, n)`: log-weights of the values."""
+
+
+def _hold(rest: _Collected, held: int) -> Iterator[_Part]:
+    """Hold one variable at all its values, as many at once as memory should take."""
+    weights = rest.unaries[held]
+    others = {p: x for p, x in rest.unaries.items() if p != held}
+    tables = {edge: table for edge, table in rest.pairs.items() if held not in edge}
+    largest = max(table.numel() for table in tables.values())
+    size = max(1, _CHUNK_ENTRIES // largest)
+    for start in range(0, weights.shape[-1], size):
+        values = slice(start, start + size)
+        chunk = weights[:, values]
+        unaries = {}
+        for p, x in others.items():
+            x = x.unsqueeze(1)
+            if (min(p, held), max(p, held)) in rest.pairs:
+                x = x + _table(rest.pairs, held, p)[:, values]
+            unaries[p] = x.expand(-1, chunk.shape[1], -1).flatten(0, 1)
+        pairs = {
+            edge: table.unsqueeze(1).expand(-1, chunk.shape[1], -1, -1).flatten(0, 1)
+            for edge, table in tables.items()
+        }
+        yield _Part(unaries, pairs, chunk)
+
+
+def _mix(rest: _Collected, held: int, inner: _Order) -> Beliefs:
+    """Return the beliefs of a plan as the mixture of those with one variable held."""
+    others = sorted(set(rest.unaries) - {held})
+    edges = list(combinations(others, 2))
+    totals: list[Tensor] = []
+    conditionals: list[list[Tensor]] = []
+    tables: list[Tensor] = []
+    sum_so_far: Tensor | None = None
+    for part in _hold(rest, held):
+
+        def mixture(part: _Part = part) -> tuple[Tensor, ...]:
+            found = _beliefs(part.unaries, part.pairs, inner, "all")
+            total = part.weights + found.log_total.view_as(part.weights)
+            share, _ = _softmax(total)
+            mixed = [
+                torch.einsum("bn,bnik->bik", share, found.tables[edge].unflatten(0, share.shape))
+                for edge in edges
+            ]
+            return (
+                total,
+                *[found.marginals[p].unflatten(0, total.shape) for p in others],
+                *mixed,
+            )
+
+        total, *rows = _recomputed(mixture)
+        totals.append(total)
+        conditionals.append(rows[: len(others)])
+        fresh = rows[len(others) :]
+        level = logsumexp(total, 1)
+        if sum_so_far is None:
+            sum_so_far, tables = level, fresh
+            continue
+        share, sum_so_far = _softmax(torch.stack([sum_so_far, level], 1))
+        old, new = share[:, :1, None], share[:, 1:, None]
+        tables = [old * a + new * b for a, b in zip(tables, fresh, strict=True)]
+    share, log_total = _softmax(torch.cat(totals, 1))
+    result = Beliefs(
+        log_total + rest.constant, {held: share}, dict(zip(edges, tables, strict=True))
+    )
+    for p, *rows in zip(others, *conditionals, strict=True):
+        result.put(held, p, share.unsqueeze(-1) * torch.cat(rows, 1))
+        result.marginals[p] = result.table(held, p).sum(1)
+    return result
+
+
+def _recomputed(function: Callable[[], Any]) -> Any:
+    """Call `function`; in its gradient compute it again, rather than keep what it made."""
+    if not torch.is_grad_enabled():
+        return function()
+    return checkpoint(function, use_reentrant=False, preserve_rng_state=False)
+
+
+def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp x over its sum along the last dimension, and the logarithm of that sum.
+
+    Where all entries are -inf: zeros, and -inf.
+    """
+    top = x.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    terms = (x - top).exp()
+    total = terms.sum(-1, keepdim=True)
+    share = terms / torch.where(total == 0, 1.0, total)
+    return share, (log(total) + top).squeeze(-1)
+
+
+def _table(tables: Pairs, i: int, j: int) -> Tensor:
+    return tables[(i, j)] if i < j else tables[(j, i)].mT
+
+
+def _plan(unaries: Mapping[int, Tensor], pairs: Pairs, keep: Scope) -> _Order:
+    variables = tuple(unaries)
+    return _order(variables, tuple(pairs), tuple(unaries[p].shape[-1] for p in variables), keep)
+
+
+@lru_cache(maxsize=1024)
+def _order(
+    variables: Scope, edges: tuple[Edge, ...], sizes: tuple[int, ...], keep: Scope
+) -> _Order:
+    """Plan which variables to sum out: leaves first, then whose product of tables is smallest."""
+    size = dict(zip(variables, sizes, strict=True))
+    near: dict[int, set[int]] = {v: set() for v in variables}
+    for i, j in edges:
+        near[i].add(j)
+        near[j].add(i)
+    steps: list[Step] = []
+    while free := [v for v in near if v not in keep]:
+        degree = {v: len(near[v]) for v in free}
+        work = {v: size[v] * math.prod(size[q] for q in near[v]) for v in free}
+        variable = min(free, key=lambda v: (max(degree[v], 1), work[v]))
+        if degree[variable] > 2:
+            held = min(free, key=lambda v: (-degree[v], size[v]))
+            rest = tuple(v for v in near if v != held)
+            left = tuple((i, j) for i in rest for j in near[i] if i < j and j != held)
+            inner = _order(rest, left, tuple(size[v] for v in rest), keep)
+            return _Order(tuple(steps), held, inner)
+        neighbours = tuple(sorted(near.pop(variable)))
+        for v in neighbours:
+            near[v] = (near[v] | set(neighbours)) - {v, variable}
+        alone = all(near[v] <= set(neighbours) for v in neighbours)
+        steps.append(Step(variable, neighbours, alone))
+    return _Order(tuple(steps), None, None)

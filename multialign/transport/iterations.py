@@ -1,26 +1,21 @@
-"""Iterations for the dual problem, without gradient.
+"""Iterations for the dual problem (see plans.py), without gradient.
 
-In potentials x in units of epsilon, the dual of Eq. 7-8 is to maximise the concave function
-
-    D(x) = sum_p <x_p, nu_p> - log Z(x),  Z(x) = sum_k exp(sum_p x_p(k_p) - C(k) / epsilon),
-
-whose gradient is nu - m with m the marginals of the plan divided by Z. Adding a constant to any x_p
-changes nothing.
+Each problem of a batch has its own epsilon on the way and its own end. What is decided for each is
+decided in Python numbers, read from the device once a step.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import join, log_marginal, probabilities, stack_blocks
+from multialign.transport.plans import Plan, make_plan
 from multialign.transport.problem import Problem, cost_deviation, log_marginals
 
-__all__ = ["Iterate", "dual_hessian", "newton", "sinkhorn", "solve_hessian"]
+__all__ = ["Iterate", "newton", "sinkhorn"]
 
 # The first epsilon, in standard deviations of the cost: there the plan is nearly a product.
 _FIRST_EPSILON = 2.0
@@ -31,14 +26,20 @@ _FIRST_EPSILON = 2.0
 _LEVEL_FACTOR = 4.0
 _LEVEL_POWER = 2.0
 _LEVEL_ERRORS = (1e-8, 0.1)
+# Added to the scaled Hessian: the error, within bounds.
+_DAMPING = (1e-13, 1e-2)
+# What conjugate gradients may leave of the right side: the error, and at most this.
+_SLACKEST = 0.1
+# More of their steps than this are worth less than another Newton step.
+_CONJUGATE_STEPS = 100
 # A step moves no potential by more than this, in units of epsilon.
 _LONGEST_STEP = 10.0
 _ARMIJO = 1e-4
-_HALVINGS = 10
+_SHORTEST_STEP = 2.0**-10
+# Differences of the dual below this, relative to it, are rounding.
+_ROUNDING = 1e-14
 # At the last level, so many steps in a row without a smaller error are the end: rounding.
 _PATIENCE = 50
-# Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
-_JOINT_WORK = 2**21
 
 # Sinkhorn: a level is left at this L1 error or after so many sweeps.
 _SWEEP_ERROR = 1e-2
@@ -51,8 +52,8 @@ _CHECK_EVERY = 10
 class Iterate(NamedTuple):
     """Where the iterations ended."""
 
-    potentials: list[Tensor]
-    """M tensors `(B, K_p)` in units of epsilon; the plan sums to 1."""
+    potentials: Tensor
+    """`(B, S)` in units of epsilon; the plan sums to 1."""
     iterations: Tensor
     """`(B,)`."""
     error: Tensor
@@ -63,26 +64,27 @@ class Iterate(NamedTuple):
 def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
     """Sweep over the marginals, setting each potential to match its own given the others.
 
-    On the way epsilon falls from a large value to the one wanted. Each problem of the batch has its
-    own epsilon and its own end.
+    On the way epsilon falls from a large value to the one wanted.
 
     References:
         :cite:t:`benamou:15`, Section 4.
     """
+    plan = make_plan(problem, torch.float64)
     target, epsilon = problem.epsilon, _first_epsilon(problem)
-    potentials = torch.zeros_like(torch.cat(problem.marginals, -1))
+    wanted = torch.cat(problem.marginals, -1)
+    potentials = torch.zeros_like(wanted)
     iterations = torch.zeros_like(target, dtype=torch.int64)
     level_sweeps = torch.zeros_like(iterations)
     active = torch.ones_like(target, dtype=torch.bool)
 
     for count in range(1, max_iterations + 1):
-        swept = _sweep(problem, potentials, epsilon)
+        swept = _sweep(problem, plan, potentials, epsilon)
         potentials = torch.where(active.unsqueeze(-1), swept, potentials)
         iterations = iterations + active
         level_sweeps = level_sweeps + 1
         if count > 4 and count % _CHECK_EVERY:
             continue
-        error = _marginal_error(problem, potentials, epsilon)
+        error = (plan.marginals(potentials, epsilon)[1] - wanted).abs().sum(-1)
         arrived = epsilon <= target
         # A non-finite error never falls again: there is nothing to wait for.
         active = active & error.isfinite() & ~(arrived & (error <= tolerance))
@@ -95,7 +97,7 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
         potentials = potentials * (epsilon / lower).unsqueeze(-1)
         level_sweeps = torch.where(onward, 0, level_sweeps)
         epsilon = lower
-    return _finish(problem, potentials, epsilon, iterations)
+    return _finish(problem, plan, potentials, epsilon, iterations)
 
 
 @torch.no_grad()
@@ -103,235 +105,119 @@ def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
     """Follow the solution down in epsilon by its tangent, with Newton steps on the dual.
 
     One linear solve a step: for the Newton direction, and where the error is small enough already,
-    for the tangent dx / d(1 / epsilon) as well, along which epsilon falls. Steps at constant
-    epsilon are safeguarded by a line search, and by a Sinkhorn sweep where that fails.
+    for the tangent dx / d(1 / epsilon) as well, along which epsilon falls. A step at constant
+    epsilon is halved until it raises the dual enough; if it never does, a Sinkhorn sweep replaces
+    it.
     """
-    target, epsilon = problem.epsilon, _first_epsilon(problem)
-    depth = _FIRST_EPSILON * target / epsilon
-    level_error = (depth**_LEVEL_POWER).clamp(*_LEVEL_ERRORS)
+    plan = make_plan(problem, torch.float64)
     wanted = torch.cat(problem.marginals, -1)
-    system = _Newton(problem)
-    tables: _Tables = _Joint(problem) if _fits(problem) else _Eliminated(problem)
-    potentials = torch.zeros_like(wanted)
-    iterations = torch.zeros_like(target, dtype=torch.int64)
-    active = torch.ones_like(target, dtype=torch.bool)
-    best = torch.full_like(target, math.inf)
-    stalled = torch.zeros_like(iterations)
+    potentials = start = direction = torch.zeros_like(wanted)
+    epsilon = _first_epsilon(problem)
+    descents = [_Descent(*row) for row in torch.stack([problem.epsilon, epsilon], 1).tolist()]
 
     for count in range(max_iterations + 1):
-        marginals, hessian = tables.derivatives(potentials, epsilon)
-        gradient = wanted - marginals
+        now = plan.evaluate(potentials, epsilon)
+        gradient = wanted - now.marginals
         error = gradient.abs().sum(-1)
-        arrived = epsilon <= target
-        stalled = torch.where(arrived & (error >= best), stalled + 1, 0)
-        best = torch.where(arrived, torch.minimum(best, error), best)
-        finished = (arrived & (error <= tolerance)) | (stalled >= _PATIENCE)
-        active = active & error.isfinite() & ~finished
-        if count == max_iterations or not bool(active.any()):
+        dual = (potentials * wanted).sum(-1) - now.log_total
+        for descent, row in zip(descents, torch.stack([error, dual], 1).tolist(), strict=True):
+            descent.look(*row, tolerance)
+        states = [descent.state for descent in descents]
+        if count == max_iterations or all(state == "stop" for state in states):
             break
-        iterations = iterations + active
 
-        onward = active & ~arrived & (error <= level_error)
         right = gradient
-        lower = epsilon
-        if bool(onward.any()):
-            lower = torch.where(onward, torch.maximum(target, epsilon / _LEVEL_FACTOR), epsilon)
-            rise = (1 / lower - 1 / epsilon).unsqueeze(-1)
-            right = gradient + rise * tables.tangent(potentials, epsilon, marginals)
-        direction = system.solve(hessian, right, damping=error.clamp(1e-13, 1e-2))
-        ahead = potentials + direction
-        searching = active & ~onward
-        if bool(searching.any()):
-            found = _line_search(
-                problem, tables, potentials, epsilon, direction, gradient, searching
-            )
-            ahead = torch.where(searching.unsqueeze(-1), found, ahead)
-        potentials = torch.where(active.unsqueeze(-1), ahead, potentials)
-        epsilon = lower
-    return _finish(problem, potentials, epsilon, iterations)
+        if "onward" in states:
+            lower = epsilon.new_tensor([descent.epsilon for descent in descents])
+            change = (1 / lower - 1 / epsilon).unsqueeze(-1)
+            right = gradient + change * plan.tangent(potentials, epsilon, now)
+            epsilon = lower
+        fresh = now.hessian.solve(
+            right, error.clamp(*_DAMPING), error.clamp_max(_SLACKEST), _CONJUGATE_STEPS
+        )
+        slope, longest = (gradient * fresh).sum(-1), fresh.abs().amax(-1)
+        for descent, row in zip(descents, torch.stack([slope, longest], 1).tolist(), strict=True):
+            descent.go(*row)
+        lengths = epsilon.new_tensor([[descent.length] for descent in descents])
+        if all(state in ("onward", "step") for state in states):
+            start, direction = potentials, fresh
+            potentials = potentials + lengths * fresh
+            continue
+
+        def where(*chosen: str, states: list[str] = states) -> Tensor:
+            return torch.tensor([[state in chosen] for state in states], device=wanted.device)
+
+        again = where("retry", "sweep")
+        start = torch.where(again, start, potentials)
+        direction = torch.where(again, direction, fresh)
+        ahead = start + lengths * direction
+        if "sweep" in states:
+            ahead = torch.where(where("sweep"), _sweep(problem, plan, start, epsilon), ahead)
+        potentials = torch.where(where("stop"), potentials, ahead)
+
+    unfinished = torch.tensor([[state in ("retry", "sweep")] for state in states])
+    potentials = torch.where(unfinished.to(wanted.device), start, potentials)
+    iterations = torch.tensor([descent.steps for descent in descents], device=wanted.device)
+    return _finish(problem, plan, potentials, epsilon, iterations)
 
 
-def dual_hessian(problem: Problem, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the marginals `(B, S)` and minus the Hessian `(B, S, S)`, S the sum of sizes.
+class _Descent:
+    """How one problem goes down in epsilon, and how its line search goes."""
 
-    Its blocks are the marginals on the diagonal and the pairwise marginals off it. (The Hessian of
-    log Z has m m^T subtracted, which acts on nothing that Newton's equation contains.)
-    """
-    count = len(problem.marginals)
-    pairs = list(combinations(range(count), 2))
-    factors = problem.factors(_split(problem, potentials), epsilon)
-    tables = dict(zip(pairs, probabilities(factors, pairs), strict=True))
-    marginals = [tables[(p, p + 1)].sum(2) for p in range(count - 1)]
-    marginals.append(tables[(count - 2, count - 1)].sum(1))
-    blocks = [
-        [
-            torch.diag_embed(marginals[p])
-            if p == q
-            else tables[(p, q)]
-            if p < q
-            else tables[(q, p)].mT
-            for q in range(count)
-        ]
-        for p in range(count)
-    ]
-    return torch.cat(marginals, -1), stack_blocks(blocks)
+    def __init__(self, target: float, epsilon: float) -> None:
+        self.target, self.epsilon = target, epsilon
+        depth = (_FIRST_EPSILON * target / epsilon) ** _LEVEL_POWER
+        self.level_error = min(max(depth, _LEVEL_ERRORS[0]), _LEVEL_ERRORS[1])
+        self.state: Literal["step", "onward", "retry", "sweep", "stop"] = "step"
+        self.steps = 0
+        self.best, self.stalled = math.inf, 0
+        # The line search: the dual and its slope where it started, and the length tried.
+        self.dual, self.slope, self.length = -math.inf, 0.0, 1.0
+        self._dual = -math.inf
 
+    def look(self, error: float, dual: float, tolerance: float) -> None:
+        """Decide what to do at a point with this error and dual."""
+        if self.state == "stop":
+            return
+        self._dual = dual
+        arrived = self.epsilon <= self.target
+        if arrived:
+            self.stalled = self.stalled + 1 if error >= self.best else 0
+            self.best = min(self.best, error)
+        # A non-finite error never falls again: there is nothing to wait for.
+        finished = arrived and (error <= tolerance or self.stalled >= _PATIENCE)
+        if finished or not math.isfinite(error):
+            self.state = "stop"
+            return
+        if dual < self.dual + _ARMIJO * self.length * self.slope - _ROUNDING * (1 + abs(dual)):
+            self.length /= 2
+            self.state = "retry"
+            if self.length < _SHORTEST_STEP:
+                self.state, self.dual = "sweep", -math.inf
+        elif not arrived and error <= self.level_error:
+            self.state, self.dual = "onward", -math.inf
+            self.epsilon = max(self.target, self.epsilon / _LEVEL_FACTOR)
+        else:
+            self.state = "step"
 
-def solve_hessian(problem: Problem, hessian: Tensor, right: Tensor, damping: Tensor) -> Tensor:
-    """Solve hessian @ x = right on the complement of the constants, `(B, S)`."""
-    return _Newton(problem).solve(hessian, right, damping)
-
-
-class _Newton:
-    """Newton's equation, with its null space filled in.
-
-    Scaled by the square roots of the marginals the matrix has a diagonal of ones. Its null space
-    holds the constants x_p with sum_p x_p = 0.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        wanted = torch.cat(problem.marginals, -1)
-        absent = wanted == 0
-        self.scale = torch.where(absent, 0.0, torch.where(absent, 1.0, wanted).rsqrt())
-        self.scales = self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2)
-        count = len(problem.marginals)
-        same = torch.block_diag(*[m.new_ones(m.shape[-1], m.shape[-1]) for m in problem.marginals])
-        root = wanted.sqrt()
-        gauge = (same - 1 / count) * root.unsqueeze(-1) * root.unsqueeze(-2)
-        self.constant = gauge + torch.diag_embed(absent.to(root.dtype))
-
-    def solve(self, hessian: Tensor, right: Tensor, damping: Tensor) -> Tensor:
-        matrix = self.scales * hessian + self.constant
-        # In place: another matrix of this size would be made only to add to the diagonal.
-        matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        factor = torch.where((info == 0)[:, None, None], factor, torch.nan)
-        solution = torch.cholesky_solve((self.scale * right).unsqueeze(-1), factor)
-        return self.scale * solution.squeeze(-1)
+    def go(self, slope: float, longest: float) -> None:
+        """Step, if that is new along a direction with this slope and largest entry."""
+        self.steps += self.state != "stop"
+        if self.state == "onward":
+            self.length = 1.0
+        elif self.state == "step":
+            self.dual, self.slope = self._dual, slope
+            self.length = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 1.0
 
 
-class _Tables(Protocol):
-    """What Newton reads of the plan."""
-
-    def dual(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
-        """Return D, `(B,)`."""
-
-    def derivatives(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        """Return marginals and minus the Hessian of the plan scaled to sum to 1."""
-
-    def tangent(self, potentials: Tensor, epsilon: Tensor, marginals: Tensor) -> Tensor:
-        """Return -dm / d(1 / epsilon) at constant potentials, `(B, S)`."""
-
-
-class _Joint:
-    """A plan small enough to be kept whole, as one vector of n entries."""
-
-    def __init__(self, problem: Problem) -> None:
-        everything = tuple(range(len(problem.sizes)))
-        masks = {
-            (p,): torch.where(nu == 0, -math.inf, 0.0) for p, nu in enumerate(problem.marginals)
-        }
-        mask = join(list(masks.items()), everything)
-        self.mask = mask.flatten(1)
-        cost = join([*problem.costs.items(), (everything, torch.zeros_like(mask))], everything)
-        self.cost = cost.flatten(1)
-        self.wanted = torch.cat(problem.marginals, -1)
-        # Which entry of the plan belongs to which atom of each marginal, `(n, S)`.
-        atoms = torch.cartesian_prod(*[torch.arange(size) for size in problem.sizes])
-        first = torch.tensor([0, *problem.sizes[:-1]]).cumsum(0)
-        atoms = (atoms + first).to(self.cost.device)
-        self.incidence = self.cost.new_zeros(len(atoms), sum(problem.sizes)).scatter_(1, atoms, 1.0)
-
-    def dual(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
-        total = self._exponent(potentials, epsilon).logsumexp(-1)
-        return (potentials * self.wanted).sum(-1) - total
-
-    def derivatives(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        plan = self._exponent(potentials, epsilon).softmax(-1)
-        hessian = (plan.unsqueeze(-2) * self.incidence.mT) @ self.incidence
-        return hessian.diagonal(dim1=-2, dim2=-1), hessian
-
-    def tangent(self, potentials: Tensor, epsilon: Tensor, marginals: Tensor) -> Tensor:
-        plan = self._exponent(potentials, epsilon).softmax(-1)
-        excess = self.cost - (plan * self.cost).sum(-1, keepdim=True)
-        return (plan * excess) @ self.incidence
-
-    def _exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
-        fixed = self.mask - self.cost / epsilon.unsqueeze(-1)
-        return torch.addmm(fixed, potentials, self.incidence.mT)
-
-
-class _Eliminated:
-    """A plan known through its marginals alone."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.deviation = cost_deviation(problem)
-
-    def dual(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
-        wanted = torch.cat(self.problem.marginals, -1)
-        return (potentials * wanted).sum(-1) - _log_total(self.problem, potentials, epsilon)
-
-    def derivatives(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        potentials = _normalise(self.problem, potentials, epsilon)
-        return dual_hessian(self.problem, potentials, epsilon)
-
-    def tangent(self, potentials: Tensor, epsilon: Tensor, marginals: Tensor) -> Tensor:
-        # A difference quotient: exact enough for a direction, at the price of one evaluation. The
-        # step moves no exponent of weight by more than about 1e-3.
-        step = 1e-3 * (epsilon / self.deviation).clamp_max(1.0)
-        nearby = epsilon / (1 + step)
-        potentials = _normalise(self.problem, potentials, nearby)
-        moved = torch.cat(_marginals(self.problem, potentials, nearby), -1)
-        return (marginals - moved) * (epsilon / step).unsqueeze(-1)
-
-
-def _fits(problem: Problem) -> bool:
-    work = math.prod(problem.sizes) * sum(problem.sizes) ** 2
-    return work * problem.epsilon.numel() <= _JOINT_WORK
-
-
-def _line_search(
-    problem: Problem,
-    tables: _Tables,
-    potentials: Tensor,
-    epsilon: Tensor,
-    direction: Tensor,
-    gradient: Tensor,
-    searching: Tensor,
-) -> Tensor:
-    """Return the first of ever shorter steps that raises the dual enough, or a Sinkhorn sweep.
-
-    Problems that are not `searching` are not waited for.
-    """
-    longest = direction.abs().amax(-1, keepdim=True)
-    direction = direction * (_LONGEST_STEP / longest).clamp_max(1.0)
-    slope = (gradient * direction).sum(-1)
-    start = tables.dual(potentials, epsilon)
-    # Differences of the dual below this are rounding.
-    slack = 1e-14 * (1 + start.abs())
-    accepted = ~searching
-    result = potentials
-    length = 1.0
-    for _ in range(_HALVINGS):
-        trial = potentials + length * direction
-        enough = tables.dual(trial, epsilon) >= start + _ARMIJO * length * slope - slack
-        result = torch.where((enough & ~accepted).unsqueeze(-1), trial, result)
-        accepted = accepted | enough
-        if bool(accepted.all()):
-            return result
-        length /= 2
-    swept = _sweep(problem, potentials, epsilon)
-    return torch.where(accepted.unsqueeze(-1), result, swept)
-
-
-def _sweep(problem: Problem, potentials: Tensor, epsilon: Tensor) -> Tensor:
-    blocks = _split(problem, potentials)
-    wanted = log_marginals(problem)
-    for p, (x, log_nu) in enumerate(zip(list(blocks), wanted, strict=True)):
-        found = log_marginal(problem.factors(blocks, epsilon), (p,))
-        absent = problem.marginals[p] == 0
-        blocks[p] = torch.where(absent, x, x + torch.where(absent, 0.0, log_nu - found))
+def _sweep(problem: Problem, plan: Plan, potentials: Tensor, epsilon: Tensor) -> Tensor:
+    blocks = list(potentials.split(problem.sizes, -1))
+    for p, (marginal, log_nu) in enumerate(
+        zip(problem.marginals, log_marginals(problem), strict=True)
+    ):
+        found = plan.log_marginal(torch.cat(blocks, -1), epsilon, p)
+        absent = marginal == 0
+        blocks[p] = torch.where(absent, 0.0, blocks[p] + log_nu - found)
     return torch.cat(blocks, -1)
 
 
@@ -339,35 +225,13 @@ def _first_epsilon(problem: Problem) -> Tensor:
     return torch.maximum(problem.epsilon, _FIRST_EPSILON * cost_deviation(problem))
 
 
-def _finish(problem: Problem, potentials: Tensor, epsilon: Tensor, iterations: Tensor) -> Iterate:
+def _finish(
+    problem: Problem, plan: Plan, potentials: Tensor, epsilon: Tensor, iterations: Tensor
+) -> Iterate:
     """State the result at the epsilon asked for, which may not have been reached."""
     target = problem.epsilon
     potentials = potentials * (epsilon / target).unsqueeze(-1)
-    potentials = _normalise(problem, potentials, target)
-    error = _marginal_error(problem, potentials, target)
-    return Iterate(_split(problem, potentials), iterations, error)
-
-
-def _normalise(problem: Problem, potentials: Tensor, epsilon: Tensor) -> Tensor:
-    """Shift the potentials so that the plan sums to 1."""
-    total = _log_total(problem, potentials, epsilon) / len(problem.marginals)
-    return potentials - total.unsqueeze(-1)
-
-
-def _log_total(problem: Problem, potentials: Tensor, epsilon: Tensor) -> Tensor:
-    return log_marginal(problem.factors(_split(problem, potentials), epsilon), ())
-
-
-def _marginals(problem: Problem, potentials: Tensor, epsilon: Tensor) -> list[Tensor]:
-    factors = problem.factors(_split(problem, potentials), epsilon)
-    return probabilities(factors, [(p,) for p in range(len(problem.marginals))])
-
-
-def _marginal_error(problem: Problem, potentials: Tensor, epsilon: Tensor) -> Tensor:
-    """Return the L1 distance of all marginals of the plan from those wanted, `(B,)`."""
-    found = torch.cat(_marginals(problem, potentials, epsilon), -1)
-    return (found - torch.cat(problem.marginals, -1)).abs().sum(-1)
-
-
-def _split(problem: Problem, potentials: Tensor) -> list[Tensor]:
-    return list(potentials.split(problem.sizes, -1))
+    log_total, marginals = plan.marginals(potentials, target)
+    error = (marginals - torch.cat(problem.marginals, -1)).abs().sum(-1)
+    shift = (log_total / len(problem.marginals)).unsqueeze(-1)
+    return Iterate(potentials - shift, iterations, error)

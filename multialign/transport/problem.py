@@ -18,9 +18,9 @@ from multialign._validation import (
     non_negative,
 )
 from multialign.ops import log
-from multialign.transport.elimination import Factors, Scope, check_entries
+from multialign.transport.elimination import Scope, check_entries
 
-__all__ = ["Problem", "make_problem"]
+__all__ = ["Problem", "make_problem", "unflatten_problem"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Problem:
     The cost is the sum of the tables in `costs` and of the vectors in `offsets`.
     """
 
-    costs: Factors
+    costs: Mapping[Scope, Tensor]
     """Centred costs `(B, K_i, K_j)` by (i, j), or one table over all variables."""
     offsets: list[Tensor]
     """M vectors `(B, K_p)`: the parts of the cost that depend on one variable alone."""
@@ -53,17 +53,22 @@ class Problem:
         """The variables of each cost table."""
         return list(self.costs)
 
-    def factors(self, potentials: Sequence[Tensor], epsilon: Tensor) -> Factors:
-        """Return the log-factors of exp(sum_p x_p - C / epsilon), for x in units of epsilon.
+    def unaries(self, potentials: Tensor) -> list[Tensor]:
+        """Split potentials `(B, S)` by variable, with -inf at atoms of mass 0.
 
-        An atom of mass 0 has no plan: its potential is -inf, whatever `potentials` says.
+        Such an atom has no plan, whatever its potential is.
         """
-        table: dict[Scope, Tensor] = {}
-        for p, (x, marginal) in enumerate(zip(potentials, self.marginals, strict=True)):
-            table[(p,)] = torch.where(marginal == 0, -math.inf, x)
-        for scope, cost in self.costs.items():
-            table[scope] = cost / -epsilon.reshape(-1, *[1] * len(scope))
-        return table
+        return [
+            torch.where(marginal == 0, -math.inf, x)
+            for x, marginal in zip(potentials.split(self.sizes, -1), self.marginals, strict=True)
+        ]
+
+    def pairs(self, epsilon: Tensor) -> dict[Scope, Tensor]:
+        """Return -C / epsilon by the variables of each cost table."""
+        return {
+            scope: cost / -epsilon.reshape(-1, *[1] * len(scope))
+            for scope, cost in self.costs.items()
+        }
 
     def detach(self) -> Problem:
         """Return the same problem without gradient."""
@@ -76,10 +81,33 @@ class Problem:
             dtype=self.dtype,
         )
 
+    def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor]:
+        """Return costs, their variables one after another, marginals and epsilon.
+
+        These are what an operator can take; `unflatten_problem` is the way back.
+        """
+        scopes = [variable for scope in self.costs for variable in scope]
+        return list(self.costs.values()), scopes, self.marginals, self.epsilon
+
     def unflatten(self, x: Tensor) -> Tensor:
         """Give a result `(B, ...)` its batch shape, and its dtype if it is floating point."""
         x = x.reshape((*self.batch, *x.shape[1:]))
         return x.to(self.dtype) if x.is_floating_point() else x
+
+
+def unflatten_problem(
+    costs: Sequence[Tensor], scopes: Sequence[int], marginals: list[Tensor], epsilon: Tensor
+) -> Problem:
+    """Return the problem that was flattened, as far as its solution needs it."""
+    variables = iter(scopes)
+    return Problem(
+        costs={tuple(next(variables) for _ in cost.shape[1:]): cost for cost in costs},
+        offsets=[],
+        marginals=marginals,
+        epsilon=epsilon,
+        batch=epsilon.shape,
+        dtype=epsilon.dtype,
+    )
 
 
 def make_problem(
@@ -93,8 +121,7 @@ def make_problem(
     `dtype` is that of the results; None: that of the marginals.
     """
     weights = _check_marginals(marginals)
-    sizes = [weight.shape[-1] for weight in weights]
-    tables = _check_costs(costs, sizes)
+    tables = _check_costs(costs, weights)
     check_alike("costs and marginals", [*tables.values(), *weights])
     epsilon = _check_epsilon(epsilon, weights[0].device)
     batch = _common_batch(tables, weights, epsilon)
@@ -136,7 +163,8 @@ def _check_marginals(marginals: Sequence[Tensor]) -> list[Tensor]:
     return checked
 
 
-def _check_costs(costs: object, sizes: list[int]) -> dict[Scope, Tensor]:
+def _check_costs(costs: object, weights: list[Tensor]) -> dict[Scope, Tensor]:
+    sizes = [weight.shape[-1] for weight in weights]
     count = len(sizes)
     if isinstance(costs, Tensor):
         table = lift(check_tensor("costs", costs, "(*batch, K_1, ..., K_M)", count))
@@ -166,7 +194,7 @@ def _check_costs(costs: object, sizes: list[int]) -> dict[Scope, Tensor]:
                 f"marginals have; got {tuple(table.shape)}"
             )
         tables[key] = table
-    return tables
+    return tables or {(0, 1): weights[0].new_zeros(sizes[0], sizes[1])}
 
 
 def _is_edge(key: Any, count: int) -> bool:

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import check_entries, log_marginal, probabilities
-from multialign.transport.iterations import Iterate, dual_hessian, solve_hessian
+from multialign.transport.iterations import Iterate
 from multialign.transport.problem import Problem
+from multialign.transport.reading import read_log_total, read_marginals, solve_hessian
 
 __all__ = ["TransportSolution"]
-
-# Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
-# potentials are not determined, and this keeps their gradient finite.
-_DAMPING = 1e-13
 
 
 class TransportSolution:
@@ -71,7 +67,7 @@ class TransportSolution:
     def __init__(self, problem: Problem, iterate: Iterate, tolerance: float) -> None:
         self._problem = problem
         self._fixed = iterate.potentials
-        self._attached: list[Tensor] | None = None
+        self._attached: Tensor | None = None
         self.iterations = problem.unflatten(iterate.iterations)
         self.error = problem.unflatten(iterate.error)
         self.converged = problem.unflatten(iterate.error <= tolerance)
@@ -90,8 +86,9 @@ class TransportSolution:
         Constants may be moved between them; here each has the same mean under its marginal.
         """
         problem = self._problem
-        scaled = [problem.epsilon.unsqueeze(-1) * x for x in self._potentials()]
-        full = [f + offset for f, offset in zip(scaled, problem.offsets, strict=True)]
+        scaled = problem.epsilon.unsqueeze(-1) * self._potentials()
+        blocks = scaled.split(problem.sizes, -1)
+        full = [f + offset for f, offset in zip(blocks, problem.offsets, strict=True)]
         means = [
             (nu * f).sum(-1, keepdim=True) for nu, f in zip(problem.marginals, full, strict=True)
         ]
@@ -136,46 +133,31 @@ class TransportSolution:
             MemoryError: It has more than 2^28 entries (2 GiB).
         """
         everything = tuple(range(len(self._problem.marginals)))
-        check_entries(self._problem.epsilon.numel() * torch.Size(self._problem.sizes).numel())
         return self._problem.unflatten(self._probabilities([everything])[0])
 
     def _dual_value(self) -> Tensor:
         """Return the dual objective, whose gradient at fixed potentials is exact (Danskin)."""
         problem = self._problem
-        factors = problem.factors(self._fixed, problem.epsilon)
-        value = -log_marginal(factors, ())
-        for x, nu in zip(self._fixed, problem.marginals, strict=True):
-            value = value + (x * nu).sum(-1)
-        value = problem.epsilon * value
-        for offset, nu in zip(problem.offsets, problem.marginals, strict=True):
-            value = value + (offset * nu).sum(-1)
-        return value
+        wanted = torch.cat(problem.marginals, -1)
+        dual = (self._fixed * wanted).sum(-1) - read_log_total(problem, self._fixed)
+        return problem.epsilon * dual + (torch.cat(problem.offsets, -1) * wanted).sum(-1)
 
-    def _potentials(self) -> list[Tensor]:
+    def _potentials(self) -> Tensor:
         """Return the potentials in units of epsilon, with their gradient where one is recorded."""
         inputs = [*self._problem.costs.values(), *self._problem.marginals, self._problem.epsilon]
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
             return self._fixed
         if self._attached is None:
-            self._attached = self._attach()
+            problem = self._problem
+            singles = [(p,) for p in range(len(problem.marginals))]
+            found = torch.cat(read_marginals(problem, self._fixed, singles), -1)
+            residual = torch.cat(problem.marginals, -1) - found
+            change = residual - residual.detach()
+            self._attached = self._fixed + solve_hessian(problem.detach(), self._fixed, change)
         return self._attached
 
-    def _attach(self) -> list[Tensor]:
-        problem = self._problem
-        factors = problem.factors(self._fixed, problem.epsilon)
-        found = probabilities(factors, [(p,) for p in range(len(problem.marginals))])
-        residual = torch.cat(problem.marginals, -1) - torch.cat(found, -1)
-        with torch.no_grad():
-            _, hessian = dual_hessian(problem, torch.cat(self._fixed, -1), problem.epsilon)
-            damping = torch.full_like(problem.epsilon, _DAMPING)
-        change = solve_hessian(problem.detach(), hessian, residual - residual.detach(), damping)
-        return [
-            x + step for x, step in zip(self._fixed, change.split(problem.sizes, -1), strict=True)
-        ]
-
     def _probabilities(self, scopes: list[Any]) -> list[Tensor]:
-        problem = self._problem
-        return probabilities(problem.factors(self._potentials(), problem.epsilon), scopes)
+        return read_marginals(self._problem, self._potentials(), scopes)
 
     def _check_index(self, name: str, index: int) -> None:
         count = len(self._problem.marginals)

@@ -12,7 +12,7 @@ from torch import Tensor
 from multialign._validation import check_choice, check_count, check_positive, full_precision
 from multialign.ops import Backend, choose_backend, register_batched_vmap
 from multialign.transport.iterations import Iterate, newton, sinkhorn
-from multialign.transport.problem import Problem, make_problem
+from multialign.transport.problem import Problem, make_problem, unflatten_problem
 from multialign.transport.solution import TransportSolution
 
 __all__ = ["ConvergenceWarning", "Method", "check_solver_options", "multi_marginal_sinkhorn"]
@@ -112,16 +112,8 @@ def solve_problem(
         tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
     with full_precision(problem.epsilon):
         fixed = problem.detach()
-        potentials, iterations, error = _solve(
-            list(fixed.costs.values()),
-            [variable for scope in fixed.costs for variable in scope],
-            fixed.marginals,
-            fixed.epsilon,
-            "newton" if _prefers_newton(problem, method) else "sinkhorn",
-            tolerance,
-            max_iterations,
-        )
-        iterate = Iterate(list(potentials.split(problem.sizes, -1)), iterations, error)
+        chosen = "newton" if _prefers_newton(problem, method) else "sinkhorn"
+        iterate = Iterate(*_solve(*fixed.flatten(), chosen, tolerance, max_iterations))
         return TransportSolution(problem, iterate, tolerance)
 
 
@@ -142,20 +134,12 @@ def _solve(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return potentials `(B, S)`, iterations and error; `scopes` is the edges one after another.
+    """Return potentials `(B, S)`, iterations and error.
 
     An operator of its own, since how often it iterates depends on the data: torch.compile takes it
     as it is, and torch.func.vmap as one larger batch.
     """
-    variables = iter(scopes)
-    problem = Problem(
-        costs={tuple(next(variables) for _ in cost.shape[1:]): cost for cost in costs},
-        offsets=[],
-        marginals=marginals,
-        epsilon=epsilon,
-        batch=epsilon.shape,
-        dtype=epsilon.dtype,
-    )
+    problem = unflatten_problem(costs, scopes, marginals, epsilon)
     solve = newton if method == "newton" else sinkhorn
     iterate = solve(problem, tolerance, max_iterations)
     stopped = iterate.error.isfinite() & (iterate.error > tolerance)
@@ -167,7 +151,7 @@ def _solve(
             ConvergenceWarning,
             stacklevel=2,
         )
-    return torch.cat(iterate.potentials, -1), iterate.iterations, iterate.error
+    return iterate.potentials, iterate.iterations, iterate.error
 
 
 @_solve.register_fake

@@ -1,0 +1,136 @@
+"""Products of matrices of logarithms, by ordinary matrix products wherever those can hold them.
+
+With row maxima a_i of A and column maxima b_k of B taken out,
+
+    log sum_j exp(A_ij + B_jk) = log sum_j exp(A_ij - a_i) exp(B_jk - b_k) + a_i + b_k
+
+is one matrix product. Its terms may be too small for the exponent range, all of them at worst. So
+the factors use the whole range, positive exponents too; what is dropped has a bound; and an entry
+that is not well above that bound is summed term by term, unless what it is going to be added to
+shows that it cannot matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import threshold
+
+from multialign.ops.reference import log, logsumexp
+
+__all__ = ["LogProduct"]
+
+# The relative error that dropped terms may cause.
+_LOSS = {torch.float64: 1e-12, torch.float32: 1e-7}
+# Probabilities below this are dropped where they would make denormal products, which are slow.
+_NEGLIGIBLE = {torch.float64: 1e-60, torch.float32: 1e-18}
+# Entries of the tables that term-by-term sums work on at once.
+_CHUNK_ENTRIES = 2**22
+
+
+class LogProduct:
+    """The product of two matrices of logarithms, and the shares of its terms.
+
+    Attributes:
+        values: `(B, I, K)`, the logarithm of sum_j exp(a_ij + b_jk).
+    """
+
+    values: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
+        """Multiply `a` `(B, I, J)` and `b` `(B, J, K)`.
+
+        `weight` `(B, I, K)` is what will be added to the result: entries that then cannot matter
+        to the sum of exponentials over any row or column may be wrong. None: all are right.
+        """
+        self._a, self._b = a, b
+        self._shift, floor, bound = _limits(a.dtype, a.shape[-1])
+        top_a, top_b = _maximum(a, -1) - self._shift, _maximum(b, -2) - self._shift
+        self._left = threshold(a - top_a, floor, -math.inf).exp()
+        self._right = threshold(b - top_b, floor, -math.inf).exp()
+        self._mass = self._left @ self._right
+        self._unresolved: Tensor | None = None
+        self._entries: tuple[Tensor, ...] = ()
+        unresolved = self._mass < bound
+        if not bool(unresolved.any()):
+            self.values = self._mass.log() + (top_a + top_b)
+            return
+        self._unresolved = unresolved
+        self.values = log(self._mass) + (top_a + top_b)
+        with torch.no_grad():
+            entries = self._relevant(top_a + top_b, bound, weight).nonzero(as_tuple=True)
+        if len(entries[0]):
+            self._entries = entries
+            exact = torch.cat([logsumexp(terms, -1) for terms, *_ in self._terms()])
+            self.values = self.values.index_put(entries, exact)
+
+    def spread(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """Distribute weights of the entries (i, k) over j as the terms of their sums demand.
+
+        Returns:
+            sum_k joint_ik p(j | i, k), `(B, I, J)`, and sum_i joint_ik p(j | i, k), `(B, J, K)`,
+            with p(j | i, k) = exp(a_ij + b_jk - values_ik).
+        """
+        scale = math.exp(-self._shift)
+        ratio = threshold(joint, _NEGLIGIBLE[joint.dtype], 0.0)
+        if self._unresolved is None:
+            ratio = ratio / (self._mass * scale)
+        else:
+            mass = torch.where(self._unresolved, 1.0, self._mass)
+            ratio = torch.where(self._unresolved, 0.0, ratio / (mass * scale))
+        left = self._left * (ratio @ self._right.mT) * scale
+        right = self._right * (self._left.mT @ ratio) * scale
+        if not self._entries:
+            return left, right
+        rows, columns = left.flatten(0, 1), right.mT.flatten(0, 1)
+        for terms, b, i, k in self._terms():
+            share = joint[b, i, k].unsqueeze(-1) * torch.softmax(terms, -1)
+            rows = rows.index_add(0, b * left.shape[1] + i, share)
+            columns = columns.index_add(0, b * right.shape[2] + k, share)
+        return rows.view_as(left), columns.unflatten(0, (len(left), -1)).mT
+
+    def _relevant(self, tops: Tensor, bound: float, weight: Tensor | None) -> Tensor:
+        """Return which unresolved entries can matter."""
+        some = _live(self._a, -1) & _live(self._b, -2) & self._unresolved
+        if weight is None:
+            return some
+        least = self.values + weight
+        least = torch.minimum(
+            logsumexp(least, -1).unsqueeze(-1), logsumexp(least, -2).unsqueeze(-2)
+        )
+        most = (self._mass + bound * _LOSS[weight.dtype]).log() + tops + weight
+        size = max(weight.shape[-2:])
+        return some & (most > least + math.log(_LOSS[weight.dtype] / size))
+
+    def _terms(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield all terms of the entries summed one by one, with the indices of these entries."""
+        turned = self._b.mT
+        step = max(1, _CHUNK_ENTRIES // turned.shape[-1])
+        for b, i, k in zip(*[index.split(step) for index in self._entries], strict=True):
+            yield self._a[b, i] + turned[b, k], b, i, k
+
+
+def _maximum(x: Tensor, dim: int) -> Tensor:
+    """Return the largest entry along `dim`, or 0 where all are -inf."""
+    top = x.detach().amax(dim, keepdim=True)
+    return torch.where(top == -math.inf, 0.0, top)
+
+
+def _live(x: Tensor, dim: int) -> Tensor:
+    return x.amax(dim, keepdim=True) > -math.inf
+
+
+@lru_cache
+def _limits(dtype: torch.dtype, terms: int) -> tuple[float, float, float]:
+    """Return by how much exponents are raised, their floor, and the least mass to be trusted.
+
+    Factors lie between exp(floor) and exp(shift), or are 0. A term was dropped because one of its
+    factors is below the floor; so all of them together are less than terms * exp(shift + floor).
+    """
+    shift = (math.log(torch.finfo(dtype).max) - math.log(terms)) / 2 - 1
+    floor = math.log(torch.finfo(dtype).tiny) / 2
+    return shift, floor, terms * math.exp(shift + floor) / _LOSS[dtype]

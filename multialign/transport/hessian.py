@@ -1,0 +1,157 @@
+"""Newton's equation H x = r of the dual, with a matrix that is factored or one that is applied.
+
+Scaled by the square roots of the marginals, H has a diagonal of ones near the solution, and its
+eigenvalues lie between 0 and M. Its null space holds the constants x_p with sum_p x_p = 0; a right
+side of differences of marginals is orthogonal to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from multialign.transport.elimination import Beliefs
+
+__all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "Scaling", "dense"]
+
+
+class Hessian(Protocol):
+    """The matrix H of a plan, `(B, S, S)` with S the sum of sizes."""
+
+    def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
+        """Solve (H + damping diag(nu)) x = right, `(B, S)`, orthogonal to the constants.
+
+        An iterative solution leaves at most `tolerance` `(B,)` of the right side, if it
+        can within so many `steps`.
+        """
+
+
+class Scaling:
+    """The scaling of H by the marginals wanted, and what fills its null space."""
+
+    def __init__(self, marginals: Sequence[Tensor]) -> None:
+        self.sizes = [marginal.shape[-1] for marginal in marginals]
+        wanted = torch.cat(list(marginals), -1)
+        self.absent = wanted == 0
+        self.root = wanted.sqrt()
+        self.inverse = torch.where(self.absent, 0.0, wanted.rsqrt())
+        self._outer: Tensor | None = None
+        self._gauge: Tensor | None = None
+
+    def matrix(self, hessian: Tensor) -> Tensor:
+        """Return the scaled matrix with ones on its diagonal and a full rank."""
+        if self._outer is None or self._gauge is None:
+            self._outer = self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
+            same = torch.block_diag(*[self.root.new_ones(size, size) for size in self.sizes])
+            gauge = (same - 1 / len(self.sizes)) * (
+                self.root.unsqueeze(-1) * self.root.unsqueeze(-2)
+            )
+            self._gauge = gauge + torch.diag_embed(self.absent.to(gauge.dtype))
+        return torch.addcmul(self._gauge, self._outer, hessian)
+
+
+class DenseHessian:
+    """H as a matrix."""
+
+    def __init__(self, scaling: Scaling, matrix: Tensor) -> None:
+        self._scaling, self._matrix = scaling, matrix
+
+    def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
+        matrix = self._scaling.matrix(self._matrix)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        scaled = (self._scaling.inverse * right).unsqueeze(-1)
+        solution = torch.cholesky_solve(scaled, factor).squeeze(-1)
+        solution = torch.where((info == 0).unsqueeze(-1), solution, math.nan)
+        return self._scaling.inverse * solution
+
+
+class PairwiseHessian:
+    """H through the pairwise marginals, for more atoms than a matrix could hold.
+
+    For a variable j that was summed out as a leaf beside i, only the table (i, j) is known; given
+    k_i, k_j depends on nothing else. So the mean of sum_p v_p given one variable, which is H v but
+    for the marginal, is collected from the leaves and passed back to them.
+    """
+
+    def __init__(self, scaling: Scaling, found: Beliefs) -> None:
+        self._scaling, self._found = scaling, found
+        leaves = {step.variable for step in found.leaves}
+        self._core = [p for p in sorted(found.marginals) if p not in leaves]
+
+    def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
+        """Solve by conjugate gradients."""
+        inverse, damping = self._scaling.inverse, damping.unsqueeze(-1)
+        residual = inverse * right
+        solution = torch.zeros_like(residual)
+        direction = residual
+        square = residual.square().sum(-1, keepdim=True)
+        enough = square * tolerance.unsqueeze(-1) ** 2
+        for _ in range(steps):
+            image = inverse * self.times(inverse * direction) + damping * direction
+            curvature = (direction * image).sum(-1, keepdim=True)
+            going = (square > enough) & (curvature > 0)
+            if not bool(going.any()):
+                break
+            length = torch.where(going, square / curvature, 0.0)
+            solution = solution + length * direction
+            residual = residual - length * image
+            before, square = square, residual.square().sum(-1, keepdim=True)
+            direction = residual + torch.where(going, square / before, 0.0) * direction
+        return inverse * solution
+
+    def times(self, vector: Tensor) -> Tensor:
+        """Return H v, `(B, S)`."""
+        found, m = self._found, self._found.marginals
+        v = dict(enumerate(vector.to(m[0].dtype).split(self._scaling.sizes, -1)))
+        collected: dict[int, Tensor] = {}
+        constant = vector.new_zeros((len(vector), 1), dtype=m[0].dtype)
+        for j, neighbours, _ in found.leaves:
+            for i in neighbours:
+                collected[j] = _divide(_times(found.table(i, j), v[j]), m[i])
+                v[i] = v[i] + collected[j]
+            if not neighbours:
+                collected[j] = (m[j] * v[j]).sum(-1, keepdim=True)
+                constant = constant + collected[j]
+        result: dict[int, Tensor] = {}
+        for p in self._core:
+            result[p] = m[p] * (v[p] + constant)
+            for q in self._core:
+                if q != p:
+                    result[p] = result[p] + _times(found.table(p, q), v[q])
+        for p in self._core:
+            constant = constant + (m[p] * v[p]).sum(-1, keepdim=True)
+        for j, neighbours, _ in reversed(found.leaves):
+            result[j] = m[j] * v[j]
+            if not neighbours:
+                result[j] = result[j] + m[j] * (constant - collected[j])
+            for i in neighbours:
+                others = _divide(result[i], m[i]) - collected[j]
+                result[j] = result[j] + _times(found.table(j, i), others)
+        return torch.cat([result[p] for p in range(len(result))], -1).to(vector.dtype)
+
+
+def dense(found: Beliefs) -> Tensor:
+    """Return H as a matrix, where all pairs are known."""
+    count = len(found.marginals)
+    rows = []
+    for p in range(count):
+        row = [
+            found.table(p, q) if p != q else found.marginals[p].diag_embed() for q in range(count)
+        ]
+        rows.append(torch.cat(row, -1))
+    return torch.cat(rows, -2)
+
+
+def _times(table: Tensor, vector: Tensor) -> Tensor:
+    return (table @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _divide(x: Tensor, mass: Tensor) -> Tensor:
+    """Return x / mass, or 0 where there is no mass."""
+    return torch.where(mass == 0, 0.0, x / torch.where(mass == 0, 1.0, mass))

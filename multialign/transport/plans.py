@@ -1,0 +1,237 @@
+"""What iterations read of a plan: its sum, its marginals, and how these change.
+
+In potentials x in units of epsilon, the dual of Eq. 7-8 is to maximise the concave function
+
+    D(x) = sum_p <x_p, nu_p> - log Z(x),  Z(x) = sum_k exp(sum_p x_p(k_p) - C(k) / epsilon),
+
+whose gradient is nu - m with m the marginals of the plan divided by Z. Minus its Hessian H has the
+marginals on the diagonal and the pairwise marginals off it. (The Hessian of log Z has m m^T
+subtracted, which acts on nothing that Newton's equation contains.)
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from multialign.ops import logsumexp
+from multialign.transport.elimination import Beliefs, Edge, Which, beliefs, join, log_marginal
+from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
+from multialign.transport.problem import Problem, cost_deviation
+
+__all__ = ["Evaluation", "Plan", "fits_vector", "make_plan"]
+
+# Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
+_VECTOR_WORK = 2**21
+# Up to this many atoms, and entries over the batch, the Hessian is a matrix that is factored.
+_DENSE_ATOMS = 512
+_DENSE_ENTRIES = 2**24
+
+
+class Evaluation(NamedTuple):
+    """What is read of a plan at potentials x and epsilon."""
+
+    log_total: Tensor
+    """log Z, `(B,)`."""
+    marginals: Tensor
+    """m, `(B, S)` with S the sum of sizes."""
+    hessian: Hessian
+    plan: Tensor | None
+    """The plan divided by Z, where it is kept whole."""
+
+
+class Plan(Protocol):
+    """A plan as a function of potentials x `(B, S)`, finite at absent atoms, and epsilon `(B,)`."""
+
+    def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
+        """Return all that a Newton step needs."""
+
+    def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        """Return -dm / d(1 / epsilon) at constant potentials, `(B, S)`."""
+
+    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
+        """Return the logarithm of a marginal before it is divided by Z, `(B, K_p)`."""
+
+    def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log Z `(B,)` and m `(B, S)`."""
+
+
+def make_plan(problem: Problem, dtype: torch.dtype) -> Plan:
+    """Return the form of the plan that is fastest; `dtype` is that of large tables."""
+    if fits_vector(problem):
+        return _Vector(problem)
+    if any(len(scope) > 2 for scope in problem.costs):
+        return _Table(problem)
+    return _Pairwise(problem, dtype)
+
+
+def fits_vector(problem: Problem) -> bool:
+    """Whether the plan is small enough to be kept whole, in a few operations a step."""
+    work = math.prod(problem.sizes) * sum(problem.sizes) ** 2
+    return work * problem.epsilon.numel() <= _VECTOR_WORK
+
+
+class _Vector:
+    """A plan of few entries, as one vector of n."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._sizes = problem.sizes
+        self._scaling = Scaling(problem.marginals)
+        self._incidence = _incidence(tuple(problem.sizes), problem.epsilon.device)
+        self._cost = join(problem.costs, problem.sizes).flatten(1)
+        self._absent = self._scaling.absent.double() @ self._incidence.mT > 0
+        self._scaled = (torch.empty(()), self._cost)
+
+    def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
+        log_total, plan = self._divided(potentials, epsilon)
+        matrix = (plan.unsqueeze(-2) * self._incidence.mT) @ self._incidence
+        marginals = matrix.diagonal(dim1=-2, dim2=-1)
+        return Evaluation(log_total, marginals, DenseHessian(self._scaling, matrix), plan)
+
+    def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        assert now.plan is not None
+        excess = self._cost - (now.plan * self._cost).sum(-1, keepdim=True)
+        return (now.plan * excess) @ self._incidence
+
+    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
+        exponent = self._exponent(potentials, epsilon).unflatten(1, self._sizes)
+        return logsumexp(exponent, _others(p, len(self._sizes)))
+
+    def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        log_total, plan = self._divided(potentials, epsilon)
+        return log_total, plan @ self._incidence
+
+    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = self._exponent(potentials, epsilon)
+        log_total = exponent.logsumexp(-1, keepdim=True)
+        return log_total.squeeze(-1), (exponent - log_total).exp()
+
+    def _exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        if epsilon is not self._scaled[0]:
+            scaled = self._cost / -epsilon.unsqueeze(-1)
+            self._scaled = (epsilon, scaled.masked_fill_(self._absent, -math.inf))
+        return torch.addmm(self._scaled[1], potentials, self._incidence.mT)
+
+
+class _Table:
+    """A plan whose cost is one table over all variables."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._scaling = Scaling(problem.marginals)
+        self._cost = join(problem.costs, problem.sizes)
+        self._axes = [_others(p, self._cost.ndim - 1) for p in range(self._cost.ndim - 1)]
+
+    def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
+        log_total, plan = self._divided(potentials, epsilon)
+        count = len(self._axes)
+        tables = {}
+        for i, j in combinations(range(count), 2):
+            axes = [q + 1 for q in range(count) if q not in (i, j)]
+            tables[(i, j)] = plan.sum(axes) if axes else plan
+        marginals = {p: plan.sum(axes) for p, axes in enumerate(self._axes)}
+        found = Beliefs(log_total, marginals, tables)
+        return Evaluation(log_total, _joined(found), _hessian(self._scaling, found), plan)
+
+    def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        assert now.plan is not None
+        part = now.plan * self._cost
+        mean = part.flatten(1).sum(-1, keepdim=True)
+        return torch.cat([part.sum(axes) for axes in self._axes], -1) - mean * now.marginals
+
+    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
+        return logsumexp(self._exponent(potentials, epsilon), self._axes[p])
+
+    def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        log_total, plan = self._divided(potentials, epsilon)
+        return log_total, torch.cat([plan.sum(axes) for axes in self._axes], -1)
+
+    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = self._exponent(potentials, epsilon)
+        log_total = logsumexp(exponent, list(range(1, exponent.ndim)))
+        return log_total, exponent.sub_(_as_table(log_total, exponent.ndim)).exp_()
+
+    def _exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        exponent = self._cost / -_as_table(epsilon, self._cost.ndim)
+        for p, x in enumerate(self._problem.unaries(potentials)):
+            exponent += x.reshape(
+                len(x), *[-1 if axis == p else 1 for axis in range(len(self._axes))]
+            )
+        return exponent
+
+
+class _Pairwise:
+    """A plan of pairwise costs, known through its marginals alone."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self._problem, self._dtype = problem, dtype
+        self._scaling = Scaling(problem.marginals)
+        self._which: Which = "all" if _is_dense(self._scaling) else "core"
+        self._deviation = cost_deviation(problem)
+        self._scaled: tuple[Tensor, dict[Edge, Tensor]] = (torch.empty(()), {})
+
+    def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
+        found = beliefs(*self._factors(potentials, epsilon), self._which)
+        hessian = _hessian(self._scaling, found)
+        return Evaluation(found.log_total.double(), _joined(found), hessian, None)
+
+    def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        # A difference quotient: exact enough for a direction, at the price of one evaluation. The
+        # step moves no exponent of weight by more than about 1e-3.
+        step = 1e-3 * (epsilon / self._deviation).clamp_max(1.0)
+        _, moved = self.marginals(potentials, epsilon / (1 + step))
+        return (now.marginals - moved) * (epsilon / step).unsqueeze(-1)
+
+    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
+        return log_marginal(*self._factors(potentials, epsilon), (p,)).double()
+
+    def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        found = beliefs(*self._factors(potentials, epsilon), "edges")
+        return found.log_total.double(), _joined(found)
+
+    def _factors(
+        self, potentials: Tensor, epsilon: Tensor
+    ) -> tuple[list[Tensor], dict[Edge, Tensor]]:
+        if epsilon is not self._scaled[0]:
+            pairs = self._problem.pairs(epsilon)
+            self._scaled = (epsilon, {e: table.to(self._dtype) for e, table in pairs.items()})
+        unaries = self._problem.unaries(potentials)
+        return [x.to(self._dtype) for x in unaries], self._scaled[1]
+
+
+def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
+    if _is_dense(scaling):
+        return DenseHessian(scaling, dense(found).double())
+    return PairwiseHessian(scaling, found)
+
+
+def _is_dense(scaling: Scaling) -> bool:
+    batch, atoms = scaling.root.shape
+    return atoms <= _DENSE_ATOMS and batch * atoms**2 <= _DENSE_ENTRIES
+
+
+def _joined(found: Beliefs) -> Tensor:
+    return torch.cat([found.marginals[p] for p in range(len(found.marginals))], -1).double()
+
+
+def _as_table(x: Tensor, dims: int) -> Tensor:
+    return x.reshape(-1, *[1] * (dims - 1))
+
+
+def _others(p: int, count: int) -> list[int]:
+    return [q + 1 for q in range(count) if q != p]
+
+
+@lru_cache(maxsize=64)
+def _incidence(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return which entry of a plan belongs to which atom of each marginal, `(n, S)`."""
+    axes = [torch.arange(size, device=device) for size in sizes]
+    atoms = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
+    first = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
+    shape = (len(atoms), sum(sizes))
+    return torch.zeros(shape, dtype=torch.float64, device=device).scatter_(1, atoms + first, 1.0)

@@ -1,0 +1,261 @@
+"""The sum and the marginals of a plan at given potentials, with gradients.
+
+A small plan, or one of a full cost tensor, is built and summed. A larger one of pairwise costs is
+read by elimination in operators of their own, which compute it again for their gradients rather
+than keep its tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign.ops import logsumexp, register_batched_vmap
+from multialign.transport.elimination import Edge, Scope, beliefs, check_entries, join, log_marginal
+from multialign.transport.plans import fits_vector, make_plan
+from multialign.transport.problem import Problem, unflatten_problem
+
+__all__ = ["read_log_total", "read_marginals"]
+
+# Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
+# potentials are not determined, and this keeps their gradient finite.
+_DAMPING = 1e-13
+# Conjugate gradients for a gradient stop at this relative residual, or after so many steps.
+_RESIDUAL = 1e-12
+_CONJUGATE_STEPS = 2000
+# A plan this small is cheaper to build whole than to read by elimination.
+_SMALL_ENTRIES = 2**14
+
+
+def read_log_total(problem: Problem, potentials: Tensor) -> Tensor:
+    """Return the logarithm of the sum of the plan, `(B,)`, at potentials in units of epsilon."""
+    unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
+    if _is_whole(problem):
+        return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
+    total: Tensor = _LogTotal.apply(list(pairs), *unaries, *pairs.values())
+    return total
+
+
+def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]) -> list[Tensor]:
+    """Return marginals of the plan, `(B, *K_scope)` each, of one, two or all variables."""
+    unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
+    everything = tuple(range(len(unaries)))
+    if _is_whole(problem) or everything in scopes:
+        plan = _joined(unaries, pairs, problem).exp()
+        gone = [[1 + p for p in everything if p not in scope] for scope in scopes]
+        return [plan.sum(axes) if axes else plan for axes in gone]
+    log_total, *tables = _Marginals.apply(list(pairs), list(scopes), *unaries, *pairs.values())
+    # Not divided by its sum, the plan says by its gradient how the sum changes.
+    total = log_total.exp()
+    return [table * total.reshape(-1, *[1] * (table.ndim - 1)) for table in tables]
+
+
+def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor) -> Tensor:
+    """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
+    if fits_vector(problem):
+        with torch.no_grad():
+            hessian = (
+                make_plan(problem, torch.float64).evaluate(potentials, problem.epsilon).hessian
+            )
+        damping = torch.full_like(problem.epsilon, _DAMPING)
+        return hessian.solve(right, damping, damping, _CONJUGATE_STEPS)
+    costs, scopes, marginals, epsilon = problem.flatten()
+    solution: Tensor = _Solve.apply(
+        scopes, len(costs), right, potentials, epsilon, *costs, *marginals
+    )
+    return solution
+
+
+def _is_whole(problem: Problem) -> bool:
+    entries = math.prod(problem.sizes) * problem.epsilon.numel()
+    return entries <= _SMALL_ENTRIES or any(len(scope) > 2 for scope in problem.costs)
+
+
+def _joined(unaries: Sequence[Tensor], pairs: dict[Scope, Tensor], problem: Problem) -> Tensor:
+    check_entries(math.prod(problem.sizes) * problem.epsilon.numel())
+    return join({**{(p,): x for p, x in enumerate(unaries)}, **pairs}, problem.sizes)
+
+
+class _LogTotal(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(edges: list[Edge], *factors: Tensor) -> Tensor:
+        return _log_total(list(factors), _flat(edges))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.edges, *factors = inputs
+        ctx.save_for_backward(*factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factors, edges = ctx.saved_tensors, ctx.edges
+        count = len(factors) - len(edges)
+        scopes = [(p,) for p in range(count)] + edges
+        _, *tables = _Marginals.apply(edges, scopes, *factors)
+        return None, *[grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables]
+
+
+class _Marginals(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(edges: list[Edge], scopes: list[Scope], *factors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_marginals(list(factors), _flat(edges), _flat(scopes)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.edges, ctx.scopes, *factors = inputs
+        ctx.save_for_backward(*factors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        edges, scopes = _flat(ctx.edges), _flat(ctx.scopes)
+        return None, None, *_marginals_backward(list(ctx.saved_tensors), edges, scopes, list(grads))
+
+
+class _Solve(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scopes: list[int], costs: int, right: Tensor, *problem: Tensor) -> Tensor:
+        potentials, epsilon, *rest = problem
+        return _solve_hessian(rest[:costs], scopes, rest[costs:], epsilon, potentials, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.scopes, ctx.costs, _, *problem = inputs
+        ctx.save_for_backward(*problem)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # H is symmetric.
+        solution = _Solve.apply(ctx.scopes, ctx.costs, grad, *ctx.saved_tensors)
+        return None, None, solution, *[None] * len(ctx.saved_tensors)
+
+
+def _flat(scopes: Sequence[Scope]) -> list[int]:
+    """Write scopes of one or two variables as pairs, one after another."""
+    return [p for scope in scopes for p in (scope[0], scope[-1])]
+
+
+def _unflat(numbers: Sequence[int]) -> list[Scope]:
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return [(i,) if i == j else (i, j) for i, j in pairs]
+
+
+@torch.library.custom_op(
+    "multialign::plan_log_total",
+    mutates_args=(),
+    schema="(Tensor[] factors, int[] edges) -> Tensor",
+)
+def _log_total(factors: list[Tensor], edges: list[int]) -> Tensor:
+    return log_marginal(*_parts(factors, edges))
+
+
+@torch.library.custom_op(
+    "multialign::plan_marginals",
+    mutates_args=(),
+    schema="(Tensor[] factors, int[] edges, int[] scopes) -> Tensor[]",
+)
+def _marginals(factors: list[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
+    return [x.clone() for x in _read(factors, edges, scopes)]
+
+
+@torch.library.custom_op(
+    "multialign::plan_marginals_backward",
+    mutates_args=(),
+    schema="(Tensor[] factors, int[] edges, int[] scopes, Tensor[] grads) -> Tensor[]",
+)
+def _marginals_backward(
+    factors: list[Tensor], edges: list[int], scopes: list[int], grads: list[Tensor]
+) -> list[Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in factors]
+        outputs = _read(inputs, edges, scopes)
+    found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+@torch.library.custom_op(
+    "multialign::solve_hessian",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor potentials, "
+        "Tensor right) -> Tensor"
+    ),
+)
+def _solve_hessian(
+    costs: Sequence[Tensor],
+    scopes: list[int],
+    marginals: Sequence[Tensor],
+    epsilon: Tensor,
+    potentials: Tensor,
+    right: Tensor,
+) -> Tensor:
+    plan = make_plan(unflatten_problem(costs, scopes, list(marginals), epsilon), torch.float64)
+    hessian = plan.evaluate(potentials, epsilon).hessian
+    damping, tolerance = torch.full_like(epsilon, _DAMPING), torch.full_like(epsilon, _RESIDUAL)
+    return hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
+
+
+@_log_total.register_fake
+def _(factors: list[Tensor], edges: list[int]) -> Tensor:
+    return factors[0].new_empty(factors[0].shape[:1])
+
+
+@_marginals.register_fake
+def _(factors: list[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
+    batch = factors[0].shape[:1]
+    shapes = [[factors[p].shape[1] for p in scope] for scope in _unflat(scopes)]
+    return [factors[0].new_empty((*batch, *shape)) for shape in [[], *shapes]]
+
+
+@_marginals_backward.register_fake
+def _(
+    factors: list[Tensor], edges: list[int], scopes: list[int], grads: list[Tensor]
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in factors]
+
+
+@_solve_hessian.register_fake
+def _(
+    costs: Sequence[Tensor],
+    scopes: list[int],
+    marginals: Sequence[Tensor],
+    epsilon: Tensor,
+    potentials: Tensor,
+    right: Tensor,
+) -> Tensor:
+    return torch.empty_like(right)
+
+
+for _operator in (_log_total, _marginals, _marginals_backward, _solve_hessian):
+    register_batched_vmap(_operator)
+
+
+def _parts(factors: Sequence[Tensor], edges: list[int]) -> tuple[list[Tensor], dict[Edge, Tensor]]:
+    count = len(factors) - len(edges) // 2
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    return list(factors[:count]), dict(zip(pairs, factors[count:], strict=True))
+
+
+def _read(factors: Sequence[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
+    """Return the logarithm of the sum, and marginals divided by the sum."""
+    unaries, pairs = _parts(factors, edges)
+    found = beliefs(unaries, pairs, "edges")
+    results = [found.log_total]
+    for scope in _unflat(scopes):
+        if len(scope) == 1:
+            results.append(found.marginals[scope[0]])
+        elif scope in found.tables:
+            results.append(found.tables[scope])
+        else:
+            joint = log_marginal(unaries, pairs, scope)
+            results.append((joint - found.log_total[:, None, None]).exp())
+    return results
