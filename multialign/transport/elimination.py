@@ -132,6 +132,24 @@ def beliefs(unaries: Sequence[Tensor], pairs: Pairs, which: Which) -> Beliefs:
     return _beliefs(found, pairs, _plan(found, pairs, ()), which)
 
 
+def sweep(unaries: Sequence[Tensor], pairs: Pairs, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Set one potential after another so that its marginal is the one wanted.
+
+    Args:
+        unaries: Potentials `(B, K_p)`, -inf at atoms of mass 0.
+        pairs: The tables of -C / epsilon.
+        wanted: The logarithms of the marginals wanted.
+    """
+    found = dict(enumerate(unaries))
+    order = _plan(found, pairs, ())
+    if order.held is None:
+        return _Sweep(found, pairs, order.steps, wanted).potentials
+    for p, log_nu in enumerate(wanted):
+        step = log_nu - _log_marginal(found, pairs, _plan(found, pairs, (p,)), (p,))
+        found[p] = torch.where(log_nu == -math.inf, -math.inf, found[p] + step)
+    return list(found.values())
+
+
 def _log_marginal(
     unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope
 ) -> Tensor:
@@ -202,17 +220,22 @@ class _Collected:
         self.constant = first.new_zeros(len(first))
         # For each step: p(j | i), `(B, K_i, K_j)`, if j had one neighbour; p(j) if it had none.
         self.ways: list[Tensor | LogProduct] = []
+        # For each step: the logarithm of the sum, over the neighbours.
+        self.messages: list[Tensor] = []
         for step in steps:
             x = self.unaries.pop(step.variable)
             if not step.neighbours:
                 way, total = _softmax(x)
                 self.constant = self.constant + total
+                self.messages.append(total)
             elif len(step.neighbours) == 1:
                 (i,) = step.neighbours
                 way, total = _softmax(self._take(i, step.variable) + x.unsqueeze(-2))
                 self.unaries[i] = self.unaries[i] + total
+                self.messages.append(total)
             else:
                 way = self._multiply(step, x)
+                self.messages.append(way.values)
             self.ways.append(way)
 
     def _multiply(self, step: Step, x: Tensor) -> LogProduct:
@@ -232,6 +255,112 @@ class _Collected:
 
     def _take(self, i: int, j: int) -> Tensor:
         return self.pairs.pop((i, j)) if i < j else self.pairs.pop((j, i)).mT
+
+
+class _Sweep:
+    """A visit to each variable, from the last one summed out to the first, that sets its potential.
+
+    A step and those before it that ended in its variable form a branch; what the rest of the plan
+    says to a branch is its `outer`, a log-factor of the step's neighbours. Coming back from a
+    branch, what it says to them has changed (its message).
+    """
+
+    def __init__(
+        self,
+        unaries: Mapping[int, Tensor],
+        pairs: Pairs,
+        steps: Sequence[Step],
+        wanted: Sequence[Tensor],
+    ) -> None:
+        self._x, self._pairs, self._steps, self._wanted = dict(unaries), pairs, steps, wanted
+        self._messages = _Collected(unaries, pairs, steps).messages
+        # The steps that ended in each set of neighbours, and the branches of each step.
+        self._ending: dict[Scope, list[int]] = {}
+        self._branches: list[list[int]] = [[] for _ in steps]
+        for n, step in enumerate(steps):
+            self._ending.setdefault(step.neighbours, []).append(n)
+            for m in range(n + 1, len(steps)):
+                if steps[m].variable in step.neighbours:
+                    self._branches[m].append(n)
+                    break
+        for n in self._ending[()]:
+            self._visit(n, None, False)
+
+    @property
+    def potentials(self) -> list[Tensor]:
+        """The potentials after the visit."""
+        return [self._x[p] for p in range(len(self._x))]
+
+    def _visit(self, n: int, outer: Tensor | None, again: bool) -> None:
+        """Set the potentials of a branch; `again` if its message will be needed once more."""
+        j = self._steps[n].variable
+        rest = self._said(n, outer)
+        step = self._wanted[j] - (self._own(j) + rest)
+        self._x[j] = torch.where(self._wanted[j] == -math.inf, -math.inf, self._x[j] + step)
+        for number, branch in enumerate(self._branches[n], 1):
+            ends = self._steps[branch].neighbours
+            if ends == (j,):
+                said = self._own(j, but=branch) + self._said(n, outer)
+            else:
+                (i,) = set(ends) - {j}
+                said = self._said_to(n, outer, i) + self._own(j).unsqueeze(-2)
+                others = self._table(i, j, but=branch)
+                said = said if others is None else said + others
+                said = said if i < j else said.mT
+            self._visit(branch, said, again or number < len(self._branches[n]))
+        if again:
+            self._messages[n] = self._message(n)
+
+    def _own(self, j: int, but: int = -1) -> Tensor:
+        """Return the potential of j with what its branches say, but one."""
+        x = self._x[j]
+        for n in self._ending.get((j,), []):
+            x = x if n == but else x + self._messages[n]
+        return x
+
+    def _table(self, i: int, j: int, but: int = -1) -> Tensor | None:
+        """Return the table between i and j with what branches say to both, but one."""
+        edge = (min(i, j), max(i, j))
+        table = self._pairs.get(edge)
+        for n in self._ending.get(edge, []):
+            if n != but:
+                table = self._messages[n] if table is None else table + self._messages[n]
+        return table if table is None or i < j else table.mT
+
+    def _said(self, n: int, outer: Tensor | None) -> Tensor:
+        """Return what all but its branches says to the variable of a step, `(B, K_j)`."""
+        j, neighbours, _ = self._steps[n]
+        if outer is None:
+            return torch.zeros_like(self._x[j])
+        table = self._table(neighbours[0], j)
+        assert table is not None
+        return logsumexp(table + self._said_to(n, outer, neighbours[0]), 1)
+
+    def _said_to(self, n: int, outer: Tensor | None, i: int) -> Tensor:
+        """Return the same to a variable and its neighbour i, `(B, K_i, K_j)` (or 1 for K_j)."""
+        assert outer is not None
+        j, neighbours, _ = self._steps[n]
+        if len(neighbours) == 1:
+            return outer.unsqueeze(-1)
+        (k,) = set(neighbours) - {i}
+        half = self._own(j).unsqueeze(-2) / 2
+        near, far = self._table(i, j), self._table(k, j)
+        assert near is not None
+        assert far is not None
+        product = LogProduct(
+            outer if i < k else outer.mT,
+            far + half,
+            near + half,
+        )
+        return torch.where(half == -math.inf, -math.inf, product.values - half)
+
+    def _message(self, n: int) -> Tensor:
+        j, neighbours, _ = self._steps[n]
+        tables = [self._table(i, j) for i in neighbours]
+        if len(neighbours) == 1:
+            return logsumexp(tables[0] + self._own(j).unsqueeze(-2), -1)
+        half = self._own(j).unsqueeze(-2) / 2
+        return LogProduct(tables[0] + half, (tables[1] + half).mT).values
 
 
 class _Part(NamedTuple):

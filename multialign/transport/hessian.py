@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -18,6 +17,12 @@ from torch import Tensor
 from multialign.transport.elimination import Beliefs
 
 __all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "Scaling", "dense"]
+
+# Up to this many entries the matrix is factored where conjugate gradients are slow: with three
+# marginals that costs about as much as the pairwise marginals did. So many of their steps are
+# tried first.
+_FACTORED_ENTRIES = 2**24
+_TRIAL_STEPS = 40
 
 
 class Hessian(Protocol):
@@ -62,6 +67,7 @@ class DenseHessian:
         self._scaling, self._matrix = scaling, matrix
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
+        """Solve by a Cholesky factor; where there is none, the result is NaN."""
         matrix = self._scaling.matrix(self._matrix)
         matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -85,7 +91,19 @@ class PairwiseHessian:
         self._core = [p for p in sorted(found.marginals) if p not in leaves]
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
-        """Solve by conjugate gradients."""
+        """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
+        fits = not self._found.leaves and len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
+        solution, solved = self._iterate(
+            right, damping, tolerance, min(steps, _TRIAL_STEPS) if fits else steps
+        )
+        if fits and not solved:
+            matrix = dense(self._found).to(right.dtype)
+            return DenseHessian(self._scaling, matrix).solve(right, damping, tolerance, steps)
+        return solution
+
+    def _iterate(
+        self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int
+    ) -> tuple[Tensor, bool]:
         inverse, damping = self._scaling.inverse, damping.unsqueeze(-1)
         residual = inverse * right
         solution = torch.zeros_like(residual)
@@ -93,17 +111,17 @@ class PairwiseHessian:
         square = residual.square().sum(-1, keepdim=True)
         enough = square * tolerance.unsqueeze(-1) ** 2
         for _ in range(steps):
+            going = square > enough
+            if not bool(going.any()):
+                return inverse * solution, True
             image = inverse * self.times(inverse * direction) + damping * direction
             curvature = (direction * image).sum(-1, keepdim=True)
-            going = (square > enough) & (curvature > 0)
-            if not bool(going.any()):
-                break
-            length = torch.where(going, square / curvature, 0.0)
+            length = torch.where(going & (curvature > 0), square / curvature, 0.0)
             solution = solution + length * direction
             residual = residual - length * image
             before, square = square, residual.square().sum(-1, keepdim=True)
             direction = residual + torch.where(going, square / before, 0.0) * direction
-        return inverse * solution
+        return inverse * solution, False
 
     def times(self, vector: Tensor) -> Tensor:
         """Return H v, `(B, S)`."""

@@ -12,17 +12,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from multialign.transport.plans import Plan, make_plan
-from multialign.transport.problem import Problem, cost_deviation, log_marginals
+from multialign.transport.plans import Evaluation, Plan, fits_vector, make_plan
+from multialign.transport.problem import Problem, cost_deviation
 
 __all__ = ["Iterate", "newton", "sinkhorn"]
 
-# The first epsilon, in standard deviations of the cost: there the plan is nearly a product.
-_FIRST_EPSILON = 2.0
-
-# Newton: on the way, a level is left for an epsilon this much smaller at an L1 error of at most
-# (target epsilon / deviation of the cost)^2, within bounds. A plan falls apart as epsilon falls,
-# and mass that is in the wrong part by then takes a detour of many steps.
+# Newton: the first epsilon, in standard deviations of the cost, and the sweeps there. Then a level
+# is left for an epsilon this much smaller at an L1 error of at most (target epsilon / deviation of
+# the cost)^2, within bounds: a plan falls apart as epsilon falls, and mass that is in the wrong
+# part by then takes a detour of many steps.
+_FIRST_LEVEL = 0.25
+_FIRST_SWEEPS = 2
 _LEVEL_FACTOR = 4.0
 _LEVEL_POWER = 2.0
 _LEVEL_ERRORS = (1e-8, 0.1)
@@ -36,8 +36,6 @@ _CONJUGATE_STEPS = 100
 _LONGEST_STEP = 10.0
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 2.0**-10
-# Differences of the dual below this, relative to it, are rounding.
-_ROUNDING = 1e-14
 # At the last level, so many steps in a row without a smaller error are the end: rounding.
 _PATIENCE = 50
 
@@ -45,6 +43,8 @@ _PATIENCE = 50
 _SWEEP_ERROR = 1e-2
 _SWEEP_FACTOR = 2.0
 _LEVEL_SWEEPS = 50
+# The first epsilon, in standard deviations of the cost: there the plan is nearly a product.
+_FIRST_EPSILON = 2.0
 # The error of a sweep is read at the first ones and then every so many.
 _CHECK_EVERY = 10
 
@@ -70,7 +70,8 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
         :cite:t:`benamou:15`, Section 4.
     """
     plan = make_plan(problem, torch.float64)
-    target, epsilon = problem.epsilon, _first_epsilon(problem)
+    target = problem.epsilon
+    epsilon = torch.maximum(target, _FIRST_EPSILON * cost_deviation(problem))
     wanted = torch.cat(problem.marginals, -1)
     potentials = torch.zeros_like(wanted)
     iterations = torch.zeros_like(target, dtype=torch.int64)
@@ -78,7 +79,7 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
     active = torch.ones_like(target, dtype=torch.bool)
 
     for count in range(1, max_iterations + 1):
-        swept = _sweep(problem, plan, potentials, epsilon)
+        swept = plan.sweep(potentials, epsilon)
         potentials = torch.where(active.unsqueeze(-1), swept, potentials)
         iterations = iterations + active
         level_sweeps = level_sweeps + 1
@@ -101,21 +102,58 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
 
 
 @torch.no_grad()
-def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
+def newton(problem: Problem, tolerance: float, max_iterations: int, single: bool) -> Iterate:
     """Follow the solution down in epsilon by its tangent, with Newton steps on the dual.
 
     One linear solve a step: for the Newton direction, and where the error is small enough already,
-    for the tangent dx / d(1 / epsilon) as well, along which epsilon falls. A step at constant
-    epsilon is halved until it raises the dual enough; if it never does, a Sinkhorn sweep replaces
-    it.
-    """
-    plan = make_plan(problem, torch.float64)
-    wanted = torch.cat(problem.marginals, -1)
-    potentials = start = direction = torch.zeros_like(wanted)
-    epsilon = _first_epsilon(problem)
-    descents = [_Descent(*row) for row in torch.stack([problem.epsilon, epsilon], 1).tolist()]
+    for the tangent dx / d(1 / epsilon) as well, along which epsilon falls; a Sinkhorn sweep at the
+    new epsilon takes back what the tangent overshot. A step at constant epsilon is halved until it
+    raises the dual enough; if it never does, a sweep replaces it.
 
-    for count in range(max_iterations + 1):
+    `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
+    is then measured, and if that is needed improved, in float64.
+    """
+    deviation = cost_deviation(problem)
+    epsilon = torch.maximum(problem.epsilon, _FIRST_LEVEL * deviation)
+    numbers = torch.stack([problem.epsilon, epsilon, deviation], 1).tolist()
+    descents = [_Descent(*row, max_iterations) for row in numbers]
+    # The product of the marginals, which is the plan at epsilon = infinity.
+    wanted = torch.cat(problem.marginals, -1)
+    potentials = torch.where(wanted == 0, 0.0, wanted.log())
+    # Where the plan has its mass, the cost is a few deviations below its mean.
+    rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
+    single = single and rounding <= 0.1 * tolerance and not fits_vector(problem)
+    plan = make_plan(problem, torch.float32 if single else torch.float64)
+    for _ in range(_FIRST_SWEEPS):
+        potentials = plan.sweep(potentials, epsilon)
+    if single:
+        potentials, epsilon, _, _ = _descend(
+            plan, wanted, potentials, epsilon, descents, tolerance / 2
+        )
+        plan = make_plan(problem, torch.float64)
+    potentials, epsilon, now, error = _descend(
+        plan, wanted, potentials, epsilon, descents, tolerance
+    )
+    iterations = torch.tensor([descent.steps for descent in descents], device=wanted.device)
+    if any(descent.epsilon > descent.target or descent.searching for descent in descents):
+        return _finish(problem, plan, potentials, epsilon, iterations)
+    shift = (now.log_total / len(problem.marginals)).unsqueeze(-1)
+    return Iterate(potentials - shift, iterations, error)
+
+
+def _descend(
+    plan: Plan,
+    wanted: Tensor,
+    potentials: Tensor,
+    epsilon: Tensor,
+    descents: list[_Descent],
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Evaluation, Tensor]:
+    """Return where it ends: potentials, epsilon, and the plan and its error there."""
+    start = direction = potentials
+    for descent in descents:
+        descent.begin(plan.dtype)
+    while True:
         now = plan.evaluate(potentials, epsilon)
         gradient = wanted - now.marginals
         error = gradient.abs().sum(-1)
@@ -123,7 +161,7 @@ def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
         for descent, row in zip(descents, torch.stack([error, dual], 1).tolist(), strict=True):
             descent.look(*row, tolerance)
         states = [descent.state for descent in descents]
-        if count == max_iterations or all(state == "stop" for state in states):
+        if all(state == "stop" for state in states):
             break
 
         right = gradient
@@ -132,14 +170,19 @@ def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
             change = (1 / lower - 1 / epsilon).unsqueeze(-1)
             right = gradient + change * plan.tangent(potentials, epsilon, now)
             epsilon = lower
-        fresh = now.hessian.solve(
-            right, error.clamp(*_DAMPING), error.clamp_max(_SLACKEST), _CONJUGATE_STEPS
-        )
-        slope, longest = (gradient * fresh).sum(-1), fresh.abs().amax(-1)
-        for descent, row in zip(descents, torch.stack([slope, longest], 1).tolist(), strict=True):
-            descent.go(*row)
+        if "onward" in states or "step" in states:
+            fresh = now.hessian.solve(
+                right, error.clamp(*_DAMPING), error.clamp_max(_SLACKEST), _CONJUGATE_STEPS
+            )
+            slope, longest = (gradient * fresh).sum(-1), fresh.abs().amax(-1)
+            for descent, row in zip(
+                descents, torch.stack([slope, longest], 1).tolist(), strict=True
+            ):
+                descent.go(*row)
+        else:
+            fresh = direction
         lengths = epsilon.new_tensor([[descent.length] for descent in descents])
-        if all(state in ("onward", "step") for state in states):
+        if all(state == "step" for state in states):
             start, direction = potentials, fresh
             potentials = potentials + lengths * fresh
             continue
@@ -151,78 +194,71 @@ def newton(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
         start = torch.where(again, start, potentials)
         direction = torch.where(again, direction, fresh)
         ahead = start + lengths * direction
-        if "sweep" in states:
-            ahead = torch.where(where("sweep"), _sweep(problem, plan, start, epsilon), ahead)
+        if "onward" in states or "sweep" in states:
+            ahead = torch.where(where("sweep"), start, ahead)
+            swept = plan.sweep(ahead, epsilon)
+            ahead = torch.where(where("onward", "sweep"), swept, ahead)
         potentials = torch.where(where("stop"), potentials, ahead)
 
-    unfinished = torch.tensor([[state in ("retry", "sweep")] for state in states])
-    potentials = torch.where(unfinished.to(wanted.device), start, potentials)
-    iterations = torch.tensor([descent.steps for descent in descents], device=wanted.device)
-    return _finish(problem, plan, potentials, epsilon, iterations)
+    unfinished = epsilon.new_tensor([[descent.searching] for descent in descents]) > 0
+    return torch.where(unfinished, start, potentials), epsilon, now, error
 
 
 class _Descent:
     """How one problem goes down in epsilon, and how its line search goes."""
 
-    def __init__(self, target: float, epsilon: float) -> None:
-        self.target, self.epsilon = target, epsilon
-        depth = (_FIRST_EPSILON * target / epsilon) ** _LEVEL_POWER
-        self.level_error = min(max(depth, _LEVEL_ERRORS[0]), _LEVEL_ERRORS[1])
-        self.state: Literal["step", "onward", "retry", "sweep", "stop"] = "step"
+    def __init__(self, target: float, epsilon: float, deviation: float, budget: int) -> None:
+        self.target, self.epsilon, self._budget = target, epsilon, budget
+        depth = (target / max(target, deviation)) ** _LEVEL_POWER
+        self._level_error = min(max(depth, _LEVEL_ERRORS[0]), _LEVEL_ERRORS[1])
         self.steps = 0
-        self.best, self.stalled = math.inf, 0
+
+    def begin(self, dtype: torch.dtype) -> None:
+        """Begin at a point, with tables of `dtype`."""
+        # Differences of the dual below this, relative to it, are rounding.
+        self._rounding = 50 * torch.finfo(dtype).eps
+        self.state: Literal["step", "onward", "retry", "sweep", "stop"] = "step"
+        self._best, self._stalled = math.inf, 0
         # The line search: the dual and its slope where it started, and the length tried.
-        self.dual, self.slope, self.length = -math.inf, 0.0, 1.0
-        self._dual = -math.inf
+        self._dual, self._slope, self.length = -math.inf, 0.0, 1.0
+        self._now = -math.inf
+        self.searching = False
 
     def look(self, error: float, dual: float, tolerance: float) -> None:
         """Decide what to do at a point with this error and dual."""
         if self.state == "stop":
             return
-        self._dual = dual
+        self._now = dual
         arrived = self.epsilon <= self.target
         if arrived:
-            self.stalled = self.stalled + 1 if error >= self.best else 0
-            self.best = min(self.best, error)
+            self._stalled = self._stalled + 1 if error >= self._best else 0
+            self._best = min(self._best, error)
+        least = self._dual + _ARMIJO * self.length * self._slope
+        self.searching = dual < least - self._rounding * (1 + abs(dual))
+        finished = arrived and (error <= tolerance or self._stalled >= _PATIENCE)
         # A non-finite error never falls again: there is nothing to wait for.
-        finished = arrived and (error <= tolerance or self.stalled >= _PATIENCE)
-        if finished or not math.isfinite(error):
+        if finished or self.steps >= self._budget or not math.isfinite(error):
             self.state = "stop"
-            return
-        if dual < self.dual + _ARMIJO * self.length * self.slope - _ROUNDING * (1 + abs(dual)):
+            self.searching &= error > tolerance
+        elif self.searching:
             self.length /= 2
             self.state = "retry"
             if self.length < _SHORTEST_STEP:
-                self.state, self.dual = "sweep", -math.inf
-        elif not arrived and error <= self.level_error:
-            self.state, self.dual = "onward", -math.inf
+                self.state, self._dual = "sweep", -math.inf
+        elif not arrived and error <= self._level_error:
+            self.state, self._dual = "onward", -math.inf
             self.epsilon = max(self.target, self.epsilon / _LEVEL_FACTOR)
         else:
             self.state = "step"
+        self.steps += self.state != "stop"
 
     def go(self, slope: float, longest: float) -> None:
-        """Step, if that is new along a direction with this slope and largest entry."""
-        self.steps += self.state != "stop"
+        """Take a new direction with this slope and largest entry."""
         if self.state == "onward":
             self.length = 1.0
         elif self.state == "step":
-            self.dual, self.slope = self._dual, slope
+            self._dual, self._slope = self._now, slope
             self.length = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 1.0
-
-
-def _sweep(problem: Problem, plan: Plan, potentials: Tensor, epsilon: Tensor) -> Tensor:
-    blocks = list(potentials.split(problem.sizes, -1))
-    for p, (marginal, log_nu) in enumerate(
-        zip(problem.marginals, log_marginals(problem), strict=True)
-    ):
-        found = plan.log_marginal(torch.cat(blocks, -1), epsilon, p)
-        absent = marginal == 0
-        blocks[p] = torch.where(absent, 0.0, blocks[p] + log_nu - found)
-    return torch.cat(blocks, -1)
-
-
-def _first_epsilon(problem: Problem) -> Tensor:
-    return torch.maximum(problem.epsilon, _FIRST_EPSILON * cost_deviation(problem))
 
 
 def _finish(

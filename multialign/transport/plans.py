@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from multialign.ops import logsumexp
-from multialign.transport.elimination import Beliefs, Edge, Which, beliefs, join, log_marginal
+from multialign.transport.elimination import Beliefs, Edge, Which, beliefs, join, sweep
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
-from multialign.transport.problem import Problem, cost_deviation
+from multialign.transport.problem import Problem, cost_deviation, log_marginals
 
 __all__ = ["Evaluation", "Plan", "fits_vector", "make_plan"]
 
@@ -48,14 +48,17 @@ class Evaluation(NamedTuple):
 class Plan(Protocol):
     """A plan as a function of potentials x `(B, S)`, finite at absent atoms, and epsilon `(B,)`."""
 
+    dtype: torch.dtype
+    """That of its tables."""
+
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         """Return all that a Newton step needs."""
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         """Return -dm / d(1 / epsilon) at constant potentials, `(B, S)`."""
 
-    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
-        """Return the logarithm of a marginal before it is divided by Z, `(B, K_p)`."""
+    def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        """Set one potential after another so that its marginal is the one wanted."""
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         """Return log Z `(B,)` and m `(B, S)`."""
@@ -79,8 +82,10 @@ def fits_vector(problem: Problem) -> bool:
 class _Vector:
     """A plan of few entries, as one vector of n."""
 
+    dtype = torch.float64
+
     def __init__(self, problem: Problem) -> None:
-        self._sizes = problem.sizes
+        self._problem = problem
         self._scaling = Scaling(problem.marginals)
         self._incidence = _incidence(tuple(problem.sizes), problem.epsilon.device)
         self._cost = join(problem.costs, problem.sizes).flatten(1)
@@ -98,20 +103,20 @@ class _Vector:
         excess = self._cost - (now.plan * self._cost).sum(-1, keepdim=True)
         return (now.plan * excess) @ self._incidence
 
-    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
-        exponent = self._exponent(potentials, epsilon).unflatten(1, self._sizes)
-        return logsumexp(exponent, _others(p, len(self._sizes)))
+    def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        return _sweep_whole(self, self._problem, potentials, epsilon)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         log_total, plan = self._divided(potentials, epsilon)
         return log_total, plan @ self._incidence
 
     def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = self._exponent(potentials, epsilon)
+        exponent = self.exponent(potentials, epsilon)
         log_total = exponent.logsumexp(-1, keepdim=True)
         return log_total.squeeze(-1), (exponent - log_total).exp()
 
-    def _exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+    def exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        """Return log of the plan times Z, `(B, n)`."""
         if epsilon is not self._scaled[0]:
             scaled = self._cost / -epsilon.unsqueeze(-1)
             self._scaled = (epsilon, scaled.masked_fill_(self._absent, -math.inf))
@@ -120,6 +125,8 @@ class _Vector:
 
 class _Table:
     """A plan whose cost is one table over all variables."""
+
+    dtype = torch.float64
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -144,32 +151,34 @@ class _Table:
         mean = part.flatten(1).sum(-1, keepdim=True)
         return torch.cat([part.sum(axes) for axes in self._axes], -1) - mean * now.marginals
 
-    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
-        return logsumexp(self._exponent(potentials, epsilon), self._axes[p])
+    def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        return _sweep_whole(self, self._problem, potentials, epsilon)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         log_total, plan = self._divided(potentials, epsilon)
         return log_total, torch.cat([plan.sum(axes) for axes in self._axes], -1)
 
     def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = self._exponent(potentials, epsilon)
-        log_total = logsumexp(exponent, list(range(1, exponent.ndim)))
-        return log_total, exponent.sub_(_as_table(log_total, exponent.ndim)).exp_()
+        exponent = self.exponent(potentials, epsilon)
+        log_total = logsumexp(exponent, 1)
+        plan = exponent.sub_(log_total.unsqueeze(-1)).exp_()
+        return log_total, plan.view_as(self._cost)
 
-    def _exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+    def exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        """Return log of the plan times Z, `(B, n)`."""
         exponent = self._cost / -_as_table(epsilon, self._cost.ndim)
         for p, x in enumerate(self._problem.unaries(potentials)):
             exponent += x.reshape(
                 len(x), *[-1 if axis == p else 1 for axis in range(len(self._axes))]
             )
-        return exponent
+        return exponent.flatten(1)
 
 
 class _Pairwise:
     """A plan of pairwise costs, known through its marginals alone."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
-        self._problem, self._dtype = problem, dtype
+        self._problem, self.dtype = problem, dtype
         self._scaling = Scaling(problem.marginals)
         self._which: Which = "all" if _is_dense(self._scaling) else "core"
         self._deviation = cost_deviation(problem)
@@ -187,8 +196,11 @@ class _Pairwise:
         _, moved = self.marginals(potentials, epsilon / (1 + step))
         return (now.marginals - moved) * (epsilon / step).unsqueeze(-1)
 
-    def log_marginal(self, potentials: Tensor, epsilon: Tensor, p: int) -> Tensor:
-        return log_marginal(*self._factors(potentials, epsilon), (p,)).double()
+    def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        unaries, pairs = self._factors(potentials, epsilon)
+        wanted = [x.to(self.dtype) for x in log_marginals(self._problem)]
+        swept = torch.cat(sweep(unaries, pairs, wanted), -1).double()
+        return torch.where(self._scaling.absent, 0.0, swept)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         found = beliefs(*self._factors(potentials, epsilon), "edges")
@@ -199,9 +211,20 @@ class _Pairwise:
     ) -> tuple[list[Tensor], dict[Edge, Tensor]]:
         if epsilon is not self._scaled[0]:
             pairs = self._problem.pairs(epsilon)
-            self._scaled = (epsilon, {e: table.to(self._dtype) for e, table in pairs.items()})
+            self._scaled = (epsilon, {e: table.to(self.dtype) for e, table in pairs.items()})
         unaries = self._problem.unaries(potentials)
-        return [x.to(self._dtype) for x in unaries], self._scaled[1]
+        return [x.to(self.dtype) for x in unaries], self._scaled[1]
+
+
+def _sweep_whole(
+    plan: _Vector | _Table, problem: Problem, potentials: Tensor, epsilon: Tensor
+) -> Tensor:
+    blocks = list(potentials.split(problem.sizes, -1))
+    for p, log_nu in enumerate(log_marginals(problem)):
+        exponent = plan.exponent(torch.cat(blocks, -1), epsilon).unflatten(1, problem.sizes)
+        found = logsumexp(exponent, _others(p, len(blocks)))
+        blocks[p] = torch.where(log_nu == -math.inf, 0.0, blocks[p] + log_nu - found)
+    return torch.cat(blocks, -1)
 
 
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:

@@ -19,10 +19,6 @@ __all__ = ["ConvergenceWarning", "Method", "check_solver_options", "multi_margin
 
 Method = Literal["sinkhorn", "newton", "auto"]
 
-# Newton factors a matrix over all atoms; up to this many that is cheaper than Sinkhorn's sweeps.
-_NEWTON_ATOMS = 512
-_NEWTON_ENTRIES = 2**24
-
 
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped at its largest number of iterations."""
@@ -111,9 +107,15 @@ def solve_problem(
     if tolerance is None:
         tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
     with full_precision(problem.epsilon):
-        fixed = problem.detach()
-        chosen = "newton" if _prefers_newton(problem, method) else "sinkhorn"
-        iterate = Iterate(*_solve(*fixed.flatten(), chosen, tolerance, max_iterations))
+        iterate = Iterate(
+            *_solve(
+                *problem.detach().flatten(),
+                "sinkhorn" if method == "sinkhorn" else "newton",
+                problem.dtype == torch.float32,
+                tolerance,
+                max_iterations,
+            )
+        )
         return TransportSolution(problem, iterate, tolerance)
 
 
@@ -122,7 +124,7 @@ def solve_problem(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, str method, "
-        "float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
+        "bool single, float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -131,6 +133,7 @@ def _solve(
     marginals: list[Tensor],
     epsilon: Tensor,
     method: str,
+    single: bool,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +143,10 @@ def _solve(
     as it is, and torch.func.vmap as one larger batch.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon)
-    solve = newton if method == "newton" else sinkhorn
-    iterate = solve(problem, tolerance, max_iterations)
+    if method == "sinkhorn":
+        iterate = sinkhorn(problem, tolerance, max_iterations)
+    else:
+        iterate = newton(problem, tolerance, max_iterations, single)
     stopped = iterate.error.isfinite() & (iterate.error > tolerance)
     if bool(stopped.any()):
         warnings.warn(
@@ -161,6 +166,7 @@ def _(
     marginals: list[Tensor],
     epsilon: Tensor,
     method: str,
+    single: bool,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,10 +186,3 @@ def check_solver_options(
     check_count("max_iterations", max_iterations)
     check_choice("method", method, ("sinkhorn", "newton", "auto"))
     check_choice("backend", backend, ("auto", "torch", "triton"))
-
-
-def _prefers_newton(problem: Problem, method: Method) -> bool:
-    if method != "auto":
-        return method == "newton"
-    atoms = sum(problem.sizes)
-    return atoms <= _NEWTON_ATOMS and atoms**2 * problem.epsilon.numel() <= _NEWTON_ENTRIES
