@@ -157,13 +157,15 @@ class PairwiseHessian:
 def dense(found: Beliefs) -> Tensor:
     """Return H as a matrix, where all pairs are known."""
     count = len(found.marginals)
-    rows = []
+    diagonal = torch.cat([found.marginals[p] for p in range(count)], -1)
+    matrix = diagonal.diag_embed()
+    ends = [0]
     for p in range(count):
-        row = [
-            found.table(p, q) if p != q else found.marginals[p].diag_embed() for q in range(count)
-        ]
-        rows.append(torch.cat(row, -1))
-    return torch.cat(rows, -2)
+        ends.append(ends[-1] + found.marginals[p].shape[-1])
+    for (p, q), table in found.tables.items():
+        matrix[:, ends[p] : ends[p + 1], ends[q] : ends[q + 1]] = table
+        matrix[:, ends[q] : ends[q + 1], ends[p] : ends[p + 1]] = table.mT
+    return matrix
 
 
 def _times(table: Tensor, vector: Tensor) -> Tensor:

@@ -179,6 +179,7 @@ def _descend(
                 descents, torch.stack([slope, longest], 1).tolist(), strict=True
             ):
                 descent.go(*row)
+            states = [descent.state for descent in descents]
         else:
             fresh = direction
         lengths = epsilon.new_tensor([[descent.length] for descent in descents])
@@ -256,6 +257,8 @@ class _Descent:
         """Take a new direction with this slope and largest entry."""
         if self.state == "onward":
             self.length = 1.0
+        elif self.state == "step" and not math.isfinite(longest):
+            self.state, self._dual = "sweep", -math.inf
         elif self.state == "step":
             self._dual, self._slope = self._now, slope
             self.length = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 1.0

@@ -27,7 +27,9 @@ from multialign.transport.problem import Problem, cost_deviation, log_marginals
 __all__ = ["Evaluation", "Plan", "fits_vector", "make_plan"]
 
 # Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
-_VECTOR_WORK = 2**21
+_VECTOR_WORK = 2**18
+# Up to this many entries it is kept as a table, which takes fewer operations than elimination.
+_TABLE_ENTRIES = 2**15
 # Up to this many atoms, and entries over the batch, the Hessian is a matrix that is factored.
 _DENSE_ATOMS = 512
 _DENSE_ENTRIES = 2**24
@@ -68,7 +70,8 @@ def make_plan(problem: Problem, dtype: torch.dtype) -> Plan:
     """Return the form of the plan that is fastest; `dtype` is that of large tables."""
     if fits_vector(problem):
         return _Vector(problem)
-    if any(len(scope) > 2 for scope in problem.costs):
+    entries = math.prod(problem.sizes) * problem.epsilon.numel()
+    if entries <= _TABLE_ENTRIES or any(len(scope) > 2 for scope in problem.costs):
         return _Table(problem)
     return _Pairwise(problem, dtype)
 
@@ -124,7 +127,7 @@ class _Vector:
 
 
 class _Table:
-    """A plan whose cost is one table over all variables."""
+    """A plan kept as one table over all variables: a small one, or that of a full cost tensor."""
 
     dtype = torch.float64
 
@@ -132,46 +135,57 @@ class _Table:
         self._problem = problem
         self._scaling = Scaling(problem.marginals)
         self._cost = join(problem.costs, problem.sizes)
-        self._axes = [_others(p, self._cost.ndim - 1) for p in range(self._cost.ndim - 1)]
+        count = len(problem.sizes)
+        self._axes = {
+            scope: [p + 1 for p in range(count) if p not in scope]
+            for scope in [*combinations(range(count), 2)]
+        }
+        # Atoms of mass 0 are left out by an infinite cost.
+        masks = [torch.where(nu == 0, -math.inf, 0.0) for nu in problem.marginals]
+        self._mask = join({(p,): mask for p, mask in enumerate(masks)}, problem.sizes)
+        self._scaled = (torch.empty(()), self._cost)
+        self._shape = (-1, *[1] * count)
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         log_total, plan = self._divided(potentials, epsilon)
-        count = len(self._axes)
-        tables = {}
-        for i, j in combinations(range(count), 2):
-            axes = [q + 1 for q in range(count) if q not in (i, j)]
-            tables[(i, j)] = plan.sum(axes) if axes else plan
-        marginals = {p: plan.sum(axes) for p, axes in enumerate(self._axes)}
-        found = Beliefs(log_total, marginals, tables)
+        tables = {edge: plan.sum(axes) if axes else plan for edge, axes in self._axes.items()}
+        found = Beliefs(log_total, _singles(tables), tables)
         return Evaluation(log_total, _joined(found), _hessian(self._scaling, found), plan)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         assert now.plan is not None
         part = now.plan * self._cost
-        mean = part.flatten(1).sum(-1, keepdim=True)
-        return torch.cat([part.sum(axes) for axes in self._axes], -1) - mean * now.marginals
+        tables = {edge: part.sum(axes) if axes else part for edge, axes in self._axes.items()}
+        moved = torch.cat(list(_singles(tables).values()), -1)
+        return moved - part.flatten(1).sum(-1, keepdim=True) * now.marginals
 
     def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         return _sweep_whole(self, self._problem, potentials, epsilon)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        log_total, plan = self._divided(potentials, epsilon)
-        return log_total, torch.cat([plan.sum(axes) for axes in self._axes], -1)
-
-    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = self.exponent(potentials, epsilon)
-        log_total = logsumexp(exponent, 1)
-        plan = exponent.sub_(log_total.unsqueeze(-1)).exp_()
-        return log_total, plan.view_as(self._cost)
+        now = self.evaluate(potentials, epsilon)
+        return now.log_total, now.marginals
 
     def exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         """Return log of the plan times Z, `(B, n)`."""
-        exponent = self._cost / -_as_table(epsilon, self._cost.ndim)
-        for p, x in enumerate(self._problem.unaries(potentials)):
-            exponent += x.reshape(
-                len(x), *[-1 if axis == p else 1 for axis in range(len(self._axes))]
-            )
+        if epsilon is not self._scaled[0]:
+            scaled = torch.addcdiv(self._mask, self._cost, epsilon.view(self._shape), value=-1)
+            self._scaled = (epsilon, scaled)
+        blocks = potentials.split(self._problem.sizes, -1)
+        unary = blocks[0]
+        for block in blocks[1:-1]:
+            unary = unary.unsqueeze(-1) + block.view(len(block), *[1] * (unary.ndim - 1), -1)
+        exponent = self._scaled[1] + unary.unsqueeze(-1)
+        exponent += blocks[-1].view(len(unary), *[1] * (exponent.ndim - 2), -1)
         return exponent.flatten(1)
+
+    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        plan = self.exponent(potentials, epsilon)
+        top = plan.amax(1, keepdim=True)
+        plan = plan.sub_(top).exp_()
+        total = plan.sum(1, keepdim=True)
+        plan = plan.div_(total).view_as(self._cost)
+        return (total.log_() + top).squeeze(1), plan
 
 
 class _Pairwise:
@@ -239,11 +253,14 @@ def _is_dense(scaling: Scaling) -> bool:
 
 
 def _joined(found: Beliefs) -> Tensor:
+    """Return all marginals, `(B, S)`."""
     return torch.cat([found.marginals[p] for p in range(len(found.marginals))], -1).double()
 
 
-def _as_table(x: Tensor, dims: int) -> Tensor:
-    return x.reshape(-1, *[1] * (dims - 1))
+def _singles(tables: dict[Edge, Tensor]) -> dict[int, Tensor]:
+    """Return the marginals of single variables, given those of all pairs."""
+    count = max(j for _, j in tables) + 1
+    return {p: tables[(0, p)].sum(1) if p else tables[(0, 1)].sum(2) for p in range(count)}
 
 
 def _others(p: int, count: int) -> list[int]:
