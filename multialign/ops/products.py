@@ -62,7 +62,8 @@ class LogProduct:
         self._unresolved = unresolved
         self.values = log(self._mass) + (top_a + top_b)
         with torch.no_grad():
-            entries = self._relevant(top_a + top_b, bound, weight).nonzero(as_tuple=True)
+            relevant = unresolved & self._relevant(top_a + top_b, bound, weight)
+            entries = relevant.nonzero(as_tuple=True)
         if len(entries[0]):
             self._entries = entries
             exact = torch.cat([logsumexp(terms, -1) for terms, *_ in self._terms()])
@@ -94,8 +95,8 @@ class LogProduct:
         return rows.view_as(left), columns.unflatten(0, (len(left), -1)).mT
 
     def _relevant(self, tops: Tensor, bound: float, weight: Tensor | None) -> Tensor:
-        """Return which unresolved entries can matter."""
-        some = _live(self._a, -1) & _live(self._b, -2) & self._unresolved
+        """Return which entries can matter, if they are unresolved."""
+        some = _live(self._a, -1) & _live(self._b, -2)
         if weight is None:
             return some
         least = self.values + weight

@@ -207,7 +207,9 @@ def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: 
                 result.put(q, j, result.table(q, step.neighbours[0]) @ way)
             else:
                 result.put(q, j, result.marginals[q].unsqueeze(-1) * way.unsqueeze(-2))
-        result.marginals[j] = result.table(*step.neighbours, j).sum(1) if step.neighbours else way
+        if step.neighbours:
+            way = result.table(step.neighbours[0], j).sum(1)
+        result.marginals[j] = way
     return result
 
 
@@ -224,6 +226,7 @@ class _Collected:
         self.messages: list[Tensor] = []
         for step in steps:
             x = self.unaries.pop(step.variable)
+            way: Tensor | LogProduct
             if not step.neighbours:
                 way, total = _softmax(x)
                 self.constant = self.constant + total
@@ -356,7 +359,7 @@ class _Sweep:
 
     def _message(self, n: int) -> Tensor:
         j, neighbours, _ = self._steps[n]
-        tables = [self._table(i, j) for i in neighbours]
+        tables = [table for i in neighbours if (table := self._table(i, j)) is not None]
         if len(neighbours) == 1:
             return logsumexp(tables[0] + self._own(j).unsqueeze(-2), -1)
         half = self._own(j).unsqueeze(-2) / 2

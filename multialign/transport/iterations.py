@@ -7,13 +7,14 @@ decided in Python numbers, read from the device once a step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multialign.transport.plans import Evaluation, Plan, fits_vector, make_plan
-from multialign.transport.problem import Problem, cost_deviation
+from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "newton", "sinkhorn"]
 
@@ -37,7 +38,9 @@ _LONGEST_STEP = 10.0
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 2.0**-10
 # At the last level, so many steps in a row without a smaller error are the end: rounding.
-_PATIENCE = 50
+_PATIENCE = {torch.float64: 50, torch.float32: 3}
+# Float32 is used where its rounding is below this part of the tolerance.
+_SINGLE = 0.03
 
 # Sinkhorn: a level is left at this L1 error or after so many sweeps.
 _SWEEP_ERROR = 1e-2
@@ -71,7 +74,7 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
     """
     plan = make_plan(problem, torch.float64)
     target = problem.epsilon
-    epsilon = torch.maximum(target, _FIRST_EPSILON * cost_deviation(problem))
+    epsilon = torch.maximum(target, _FIRST_EPSILON * problem.deviation)
     wanted = torch.cat(problem.marginals, -1)
     potentials = torch.zeros_like(wanted)
     iterations = torch.zeros_like(target, dtype=torch.int64)
@@ -113,16 +116,16 @@ def newton(problem: Problem, tolerance: float, max_iterations: int, single: bool
     `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
     is then measured, and if that is needed improved, in float64.
     """
-    deviation = cost_deviation(problem)
+    deviation = problem.deviation
     epsilon = torch.maximum(problem.epsilon, _FIRST_LEVEL * deviation)
     numbers = torch.stack([problem.epsilon, epsilon, deviation], 1).tolist()
-    descents = [_Descent(*row, max_iterations) for row in numbers]
+    descents = [_Descent(a, b, c, max_iterations) for a, b, c in numbers]
     # The product of the marginals, which is the plan at epsilon = infinity.
     wanted = torch.cat(problem.marginals, -1)
     potentials = torch.where(wanted == 0, 0.0, wanted.log())
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
-    single = single and rounding <= 0.1 * tolerance and not fits_vector(problem)
+    single = single and rounding <= _SINGLE * tolerance and not fits_vector(problem)
     plan = make_plan(problem, torch.float32 if single else torch.float64)
     for _ in range(_FIRST_SWEEPS):
         potentials = plan.sweep(potentials, epsilon)
@@ -158,8 +161,10 @@ def _descend(
         gradient = wanted - now.marginals
         error = gradient.abs().sum(-1)
         dual = (potentials * wanted).sum(-1) - now.log_total
-        for descent, row in zip(descents, torch.stack([error, dual], 1).tolist(), strict=True):
-            descent.look(*row, tolerance)
+        for descent, (one, its_dual) in zip(
+            descents, torch.stack([error, dual], 1).tolist(), strict=True
+        ):
+            descent.look(one, its_dual, tolerance)
         states = [descent.state for descent in descents]
         if all(state == "stop" for state in states):
             break
@@ -188,7 +193,7 @@ def _descend(
             potentials = potentials + lengths * fresh
             continue
 
-        def where(*chosen: str, states: list[str] = states) -> Tensor:
+        def where(*chosen: str, states: Sequence[str] = states) -> Tensor:
             return torch.tensor([[state in chosen] for state in states], device=wanted.device)
 
         again = where("retry", "sweep")
@@ -218,6 +223,7 @@ class _Descent:
         """Begin at a point, with tables of `dtype`."""
         # Differences of the dual below this, relative to it, are rounding.
         self._rounding = 50 * torch.finfo(dtype).eps
+        self._patience = _PATIENCE[dtype]
         self.state: Literal["step", "onward", "retry", "sweep", "stop"] = "step"
         self._best, self._stalled = math.inf, 0
         # The line search: the dual and its slope where it started, and the length tried.
@@ -236,7 +242,7 @@ class _Descent:
             self._best = min(self._best, error)
         least = self._dual + _ARMIJO * self.length * self._slope
         self.searching = dual < least - self._rounding * (1 + abs(dual))
-        finished = arrived and (error <= tolerance or self._stalled >= _PATIENCE)
+        finished = arrived and (error <= tolerance or self._stalled >= self._patience)
         # A non-finite error never falls again: there is nothing to wait for.
         if finished or self.steps >= self._budget or not math.isfinite(error):
             self.state = "stop"

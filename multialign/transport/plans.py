@@ -19,10 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from multialign.ops import logsumexp
 from multialign.transport.elimination import Beliefs, Edge, Which, beliefs, join, sweep
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
-from multialign.transport.problem import Problem, cost_deviation, log_marginals
+from multialign.transport.problem import Problem, log_marginals
 
 __all__ = ["Evaluation", "Plan", "fits_vector", "make_plan"]
 
@@ -175,7 +174,7 @@ class _Table:
         unary = blocks[0]
         for block in blocks[1:-1]:
             unary = unary.unsqueeze(-1) + block.view(len(block), *[1] * (unary.ndim - 1), -1)
-        exponent = self._scaled[1] + unary.unsqueeze(-1)
+        exponent: Tensor = self._scaled[1] + unary.unsqueeze(-1)
         exponent += blocks[-1].view(len(unary), *[1] * (exponent.ndim - 2), -1)
         return exponent.flatten(1)
 
@@ -195,7 +194,7 @@ class _Pairwise:
         self._problem, self.dtype = problem, dtype
         self._scaling = Scaling(problem.marginals)
         self._which: Which = "all" if _is_dense(self._scaling) else "core"
-        self._deviation = cost_deviation(problem)
+        self._deviation = problem.deviation
         self._scaled: tuple[Tensor, dict[Edge, Tensor]] = (torch.empty(()), {})
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
@@ -224,8 +223,8 @@ class _Pairwise:
         self, potentials: Tensor, epsilon: Tensor
     ) -> tuple[list[Tensor], dict[Edge, Tensor]]:
         if epsilon is not self._scaled[0]:
-            pairs = self._problem.pairs(epsilon)
-            self._scaled = (epsilon, {e: table.to(self.dtype) for e, table in pairs.items()})
+            pairs = self._problem.pairs(epsilon).items()
+            self._scaled = (epsilon, {(i, j): table.to(self.dtype) for (i, j), table in pairs})
         unaries = self._problem.unaries(potentials)
         return [x.to(self.dtype) for x in unaries], self._scaled[1]
 
@@ -233,12 +232,15 @@ class _Pairwise:
 def _sweep_whole(
     plan: _Vector | _Table, problem: Problem, potentials: Tensor, epsilon: Tensor
 ) -> Tensor:
-    blocks = list(potentials.split(problem.sizes, -1))
-    for p, log_nu in enumerate(log_marginals(problem)):
-        exponent = plan.exponent(torch.cat(blocks, -1), epsilon).unflatten(1, problem.sizes)
-        found = logsumexp(exponent, _others(p, len(blocks)))
-        blocks[p] = torch.where(log_nu == -math.inf, 0.0, blocks[p] + log_nu - found)
-    return torch.cat(blocks, -1)
+    exponent = plan.exponent(potentials, epsilon).view(-1, *problem.sizes)
+    changes = []
+    for p, nu in enumerate(problem.marginals):
+        change = nu.log() - exponent.logsumexp(_others(p, len(problem.sizes)))
+        change = change.masked_fill(nu == 0, 0.0)
+        shape = [-1 if q == p else 1 for q in range(len(problem.sizes))]
+        exponent = exponent.add_(change.view(len(change), *shape))
+        changes.append(change)
+    return potentials + torch.cat(changes, -1)
 
 
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from multialign._validation import (
     check_positive,
     check_tensor,
     lift,
-    non_negative,
 )
 from multialign.ops import log
 from multialign.transport.elimination import Scope, check_entries
 
 __all__ = ["Problem", "make_problem", "unflatten_problem"]
+
+# Tables up to this size are centred several at once, in fewer operations.
+_SMALL_ENTRIES = 2**14
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Problem:
     """M vectors `(B, K_p)` that sum to 1."""
     epsilon: Tensor
     """`(B,)`."""
+    deviation: Tensor
+    """`(B,)`: the standard deviation of the cost under independent marginals."""
     batch: torch.Size
     """The shape that B flattens."""
     dtype: torch.dtype
@@ -77,17 +82,18 @@ class Problem:
             offsets=[offset.detach() for offset in self.offsets],
             marginals=[marginal.detach() for marginal in self.marginals],
             epsilon=self.epsilon.detach(),
+            deviation=self.deviation,
             batch=self.batch,
             dtype=self.dtype,
         )
 
-    def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor]:
-        """Return costs, their variables one after another, marginals and epsilon.
+    def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor, Tensor]:
+        """Return costs, their variables one after another, marginals, epsilon and deviation.
 
         These are what an operator can take; `unflatten_problem` is the way back.
         """
         scopes = [variable for scope in self.costs for variable in scope]
-        return list(self.costs.values()), scopes, self.marginals, self.epsilon
+        return list(self.costs.values()), scopes, self.marginals, self.epsilon, self.deviation
 
     def unflatten(self, x: Tensor) -> Tensor:
         """Give a result `(B, ...)` its batch shape, and its dtype if it is floating point."""
@@ -96,15 +102,20 @@ class Problem:
 
 
 def unflatten_problem(
-    costs: Sequence[Tensor], scopes: Sequence[int], marginals: list[Tensor], epsilon: Tensor
+    costs: Sequence[Tensor],
+    scopes: Sequence[int],
+    marginals: Sequence[Tensor],
+    epsilon: Tensor,
+    deviation: Tensor,
 ) -> Problem:
     """Return the problem that was flattened, as far as its solution needs it."""
     variables = iter(scopes)
     return Problem(
         costs={tuple(next(variables) for _ in cost.shape[1:]): cost for cost in costs},
         offsets=[],
-        marginals=marginals,
+        marginals=list(marginals),
         epsilon=epsilon,
+        deviation=deviation,
         batch=epsilon.shape,
         dtype=epsilon.dtype,
     )
@@ -125,24 +136,27 @@ def make_problem(
     check_alike("costs and marginals", [*tables.values(), *weights])
     epsilon = _check_epsilon(epsilon, weights[0].device)
     batch = _common_batch(tables, weights, epsilon)
+    for scope in tables:
+        if len(scope) > 2:
+            check_entries(batch.numel() * math.prod(weights[p].shape[-1] for p in scope))
 
     def flat(x: Tensor, dims: int) -> Tensor:
         shape = x.shape[x.ndim - dims :]
-        return x.double().expand((*batch, *shape)).reshape((batch.numel(), *shape))
+        if x.ndim - dims != len(batch) or x.shape[: len(batch)] != batch:
+            x = x.expand((*batch, *shape))
+        return x.double().reshape((batch.numel(), *shape))
 
-    normalised, absent = [], []
-    for weight in weights:
-        nu, zero = _normalise(flat(weight, 1))
-        normalised.append(nu)
-        absent.append(zero)
-    flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
-    flat_costs = {scope: _blank(table, scope, absent) for scope, table in flat_costs.items()}
-    centred, offsets = _centre(flat_costs, normalised)
+    normalised, absent = _normalise([flat(weight, 1) for weight in weights])
+    flat_costs = {
+        scope: _blank(flat(table, len(scope)), scope, absent) for scope, table in tables.items()
+    }
+    centred, offsets, variance = _centre(flat_costs, normalised)
     return Problem(
         costs=centred,
         offsets=offsets,
         marginals=normalised,
         epsilon=flat(epsilon, 0),
+        deviation=variance.sqrt(),
         batch=batch,
         dtype=weights[0].dtype if dtype is None else dtype,
     )
@@ -223,6 +237,8 @@ def _common_batch(
     shapes = {f"costs[{scope}]": t.shape[: t.ndim - len(scope)] for scope, t in tables.items()}
     shapes |= {f"marginals[{p}]": weight.shape[:-1] for p, weight in enumerate(weights)}
     shapes["epsilon"] = epsilon.shape
+    if len(set(shapes.values())) == 1:
+        return epsilon.shape
     try:
         batch: torch.Size = torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -234,26 +250,33 @@ def _common_batch(
     return batch
 
 
-def _normalise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a marginal of sum 1, and which of its atoms are absent.
+def _normalise(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return marginals of sum 1, and which of their atoms are absent.
 
     A marginal without any mass is out: it becomes one atom, which (its costs being blanked)
     costs nothing and adds no entropy. A negative mass becomes NaN.
     """
-    zero = weight == 0
-    weight = non_negative(weight)
-    total = weight.sum(-1, keepdim=True)
-    out = total == 0
-    first = torch.zeros_like(weight)
-    first[..., 0] = 1
-    return torch.where(out, first, weight / torch.where(out, 1.0, total)), zero
+    normalised, absent = list(weights), list(weights)
+    for indices in _alike(weights):
+        weight = _stack([weights[i] for i in indices])
+        zero = weight == 0
+        blank = torch.where(zero, 0.0, math.nan)
+        weight = torch.where(weight > 0, weight, blank)
+        total = weight.sum(-1, keepdim=True)
+        out = total == 0
+        nu = weight / torch.where(out, 1.0, total)
+        first = torch.zeros_like(nu[0, :1])
+        first[:, 0] = 1
+        nu = torch.where(out, first, nu)
+        for i, one, its_zero in zip(indices, nu.unbind(0), zero.unbind(0), strict=True):
+            normalised[i], absent[i] = one, its_zero
+    return normalised, absent
 
 
 def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
     """Set the cost of absent atoms to 0: whatever stands there cannot reach the result."""
-    for variable in scope:
-        cost = torch.where(_along(absent[variable], variable, scope), 0.0, cost)
-    return cost
+    masks = [_along(absent[variable], variable, scope) for variable in scope]
+    return cost.masked_fill(reduce(torch.logical_or, masks), 0.0)
 
 
 def _along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
@@ -264,43 +287,62 @@ def _along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
 
 def _centre(
     costs: Mapping[Scope, Tensor], marginals: Sequence[Tensor]
-) -> tuple[dict[Scope, Tensor], list[Tensor]]:
-    """Split each pairwise cost into a part of mean 0 in rows and columns and parts of one variable.
+) -> tuple[dict[Scope, Tensor], list[Tensor], Tensor]:
+    """Split each cost into a part of mean 0 given any one variable and parts of one variable.
 
     What depends on one variable alone moves into its potential and does not change the plan, so a
     modality gap of any size costs no digits. The weights of the means are constants: any split is
-    exact.
+    exact. The variance of the first part comes third: centred costs of different edges are
+    uncorrelated, so their variances add.
     """
-    offsets = [torch.zeros_like(marginal) for marginal in marginals]
-    centred: dict[Scope, Tensor] = {}
-    for scope, cost in costs.items():
-        if len(scope) != 2:
-            check_entries(cost.numel())
-            centred[scope] = cost
-            continue
-        i, j = scope
-        a, b = marginals[i].detach().unsqueeze(-1), marginals[j].detach().unsqueeze(-1)
-        rows = cost @ b
-        columns = cost.mT @ a
-        mean = (rows * a).sum(-2, keepdim=True)
-        centred[scope] = cost - rows - columns.mT + mean
-        offsets[i] = offsets[i] + (rows - mean / 2).squeeze(-1)
-        offsets[j] = offsets[j] + (columns - mean / 2).squeeze(-1)
-    return centred, offsets
+    offsets: dict[int, Tensor] = {}
+    centred = dict(costs)
+    variance = torch.zeros_like(marginals[0][:, 0])
+    scopes, tables = list(costs), list(costs.values())
+    for indices in _alike(tables):
+        group = [scopes[n] for n in indices]
+        cost = _stack([tables[n] for n in indices])
+        weights = [
+            _stack([marginals[scope[axis]].detach() for scope in group])
+            for axis in range(len(group[0]))
+        ]
+        means = [_mean_given(cost, weights, axis) for axis in range(len(weights))]
+        mean = (means[0] * weights[0]).sum(-1, keepdim=True)
+        share = mean * ((len(means) - 1) / len(means))
+        for axis, given in enumerate(means):
+            part = given - share
+            shape = [-1 if axis == other else 1 for other in range(len(means))]
+            cost = cost - part.reshape(*part.shape[:2], *shape)
+            for scope, one in zip(group, part.unbind(0), strict=True):
+                p = scope[axis]
+                offsets[p] = offsets[p] + one if p in offsets else one
+        square = _mean_given(cost.detach().square(), weights, 0)
+        variance = variance + (square * weights[0]).sum((0, -1))
+        centred.update(zip(group, cost.unbind(0), strict=True))
+    missing = torch.zeros_like
+    return centred, [offsets.get(p, missing(nu)) for p, nu in enumerate(marginals)], variance
 
 
-def cost_deviation(problem: Problem) -> Tensor:
-    """Return the standard deviation of the cost under independent marginals, `(B,)`."""
-    total = torch.zeros_like(problem.epsilon)
-    for scope, cost in problem.costs.items():
-        weights = torch.ones_like(cost)
-        for variable in scope:
-            weights = weights * _along(problem.marginals[variable], variable, scope)
-        dims = list(range(1, cost.ndim))
-        mean = (weights * cost).sum(dims, keepdim=True)
-        # Centred costs of different edges are uncorrelated: their variances add.
-        total = total + (weights * (cost - mean).square()).sum(dims)
-    return total.sqrt()
+def _mean_given(cost: Tensor, weights: Sequence[Tensor], axis: int) -> Tensor:
+    """Return the weighted means of tables `(E, B, K, ...)` over all axes but one."""
+    cost = cost.movedim(2 + axis, 2)
+    for weight in reversed([w for other, w in enumerate(weights) if other != axis]):
+        weight = weight.reshape(*weight.shape[:2], *[1] * (cost.ndim - 4), -1, 1)
+        cost = (cost @ weight).squeeze(-1)
+    return cost
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Group tensors to work on together: small ones of equal shape, others alone."""
+    groups: dict[object, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        small = tensor.numel() <= _SMALL_ENTRIES
+        groups.setdefault(tensor.shape if small else n, []).append(n)
+    return list(groups.values())
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def log_marginals(problem: Problem) -> list[Tensor]:

@@ -56,16 +56,16 @@ def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]
 
 def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
-    if fits_vector(problem):
+    if fits_vector(problem) and not torch.compiler.is_compiling():
         with torch.no_grad():
             hessian = (
                 make_plan(problem, torch.float64).evaluate(potentials, problem.epsilon).hessian
             )
         damping = torch.full_like(problem.epsilon, _DAMPING)
         return hessian.solve(right, damping, damping, _CONJUGATE_STEPS)
-    costs, scopes, marginals, epsilon = problem.flatten()
+    costs, scopes, marginals, *rest = problem.flatten()
     solution: Tensor = _Solve.apply(
-        scopes, len(costs), right, potentials, epsilon, *costs, *marginals
+        scopes, len(costs), right, *rest, potentials, *costs, *marginals
     )
     return solution
 
@@ -85,7 +85,8 @@ class _LogTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(edges: list[Edge], *factors: Tensor) -> Tensor:
-        return _log_total(list(factors), _flat(edges))
+        total: Tensor = _log_total(list(factors), _flat(edges))
+        return total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,8 +125,12 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(scopes: list[int], costs: int, right: Tensor, *problem: Tensor) -> Tensor:
-        potentials, epsilon, *rest = problem
-        return _solve_hessian(rest[:costs], scopes, rest[costs:], epsilon, potentials, right)
+        *scalars, potentials = problem[:3]
+        rest = list(problem[3:])
+        result: Tensor = _solve_hessian(
+            rest[:costs], scopes, rest[costs:], *scalars, potentials, right
+        )
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,8 +191,8 @@ def _marginals_backward(
     "multialign::solve_hessian",
     mutates_args=(),
     schema=(
-        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor potentials, "
-        "Tensor right) -> Tensor"
+        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
+        "Tensor potentials, Tensor right) -> Tensor"
     ),
 )
 def _solve_hessian(
@@ -195,10 +200,11 @@ def _solve_hessian(
     scopes: list[int],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
+    deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
 ) -> Tensor:
-    plan = make_plan(unflatten_problem(costs, scopes, list(marginals), epsilon), torch.float64)
+    plan = make_plan(unflatten_problem(costs, scopes, marginals, epsilon, deviation), torch.float64)
     hessian = plan.evaluate(potentials, epsilon).hessian
     damping, tolerance = torch.full_like(epsilon, _DAMPING), torch.full_like(epsilon, _RESIDUAL)
     return hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
@@ -229,6 +235,7 @@ def _(
     scopes: list[int],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
+    deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
 ) -> Tensor:

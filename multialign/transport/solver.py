@@ -123,8 +123,8 @@ def solve_problem(
     "multialign::solve_transport",
     mutates_args=(),
     schema=(
-        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, str method, "
-        "bool single, float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
+        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
+        "str method, bool single, float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -132,6 +132,7 @@ def _solve(
     scopes: list[int],
     marginals: list[Tensor],
     epsilon: Tensor,
+    deviation: Tensor,
     method: str,
     single: bool,
     tolerance: float,
@@ -142,7 +143,7 @@ def _solve(
     An operator of its own, since how often it iterates depends on the data: torch.compile takes it
     as it is, and torch.func.vmap as one larger batch.
     """
-    problem = unflatten_problem(costs, scopes, marginals, epsilon)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
     if method == "sinkhorn":
         iterate = sinkhorn(problem, tolerance, max_iterations)
     else:
@@ -165,6 +166,7 @@ def _(
     scopes: list[int],
     marginals: list[Tensor],
     epsilon: Tensor,
+    deviation: Tensor,
     method: str,
     single: bool,
     tolerance: float,
