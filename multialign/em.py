@@ -46,9 +46,10 @@ def axis_aligned_em(
     iterations: int,
     tolerance: float = 0.0,
     spherical: bool = False,
+    posterior: bool = False,
     group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weights, means and variances after EM, and how many steps each problem took, `(B)`.
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return a mixture after EM, what its components hold, and each problem's number of steps.
 
     First derivatives only. All tensors are float64.
 
@@ -62,12 +63,29 @@ def axis_aligned_em(
         iterations: Steps to take.
         tolerance: A problem stops once its mean log-likelihood changes by less; 0 does not look.
         spherical: Whether the variances are averaged over the features.
+        posterior: Whether what the components hold is wanted (with tolerance 0).
         group: Ranks that share the samples, all of which start at the same mixture.
+
+    Returns:
+        Weights, means and variances, shaped as given; then, of the samples weighted by their
+        posteriors under that mixture, each component's mass `(B, K)`, mean `(B, K, D)` and mass
+        times mean squared distance from the mean `(B, K)`, or nothing of use if `posterior` is not
+        set; and the steps, `(B)`.
     """
-    weights, means, variances, steps, *_ = _EM.apply(
-        x, mass, weights, means, variances, floor, iterations, tolerance, spherical, group
+    results = _EM.apply(
+        x,
+        mass,
+        weights,
+        means,
+        variances,
+        floor,
+        iterations,
+        tolerance,
+        spherical,
+        posterior,
+        group,
     )
-    return weights, means, variances, steps
+    return results[:3], results[3:6], results[6]
 
 
 class _EM(torch.autograd.Function):
@@ -84,6 +102,7 @@ class _EM(torch.autograd.Function):
         iterations: int,
         tolerance: float,
         spherical: bool,
+        posterior: bool,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         moments = torch.cat([-0.5 * (variances - floor + means.square()), means], -1)
@@ -93,28 +112,41 @@ class _EM(torch.autograd.Function):
             weights.unsqueeze(-1),
             moments,
             floor,
-            iterations,
+            iterations + posterior,  # what the components hold is what a further step finds
             tolerance,
             spherical,
             Ranks(group),
         )
-        weights, moments = path[-1]
+        weights, moments = path[-1 - posterior]
         variances, means = _parameters(moments, floor, spherical)
+        shares, found = path[-1]
+        squares, centres = found.chunk(2, -1)
+        spreads = torch.addcmul(-2 * squares, centres, centres, value=-1).sum(-1)
+        shares = shares.squeeze(-1)
         # What the steps went through is an output, since only inputs and outputs can be kept.
         trail = [torch.stack(part, 1) for part in zip(*path, strict=True)]
-        return weights.squeeze(-1), means.clone(), variances, steps.flatten(), *trail
+        return (
+            weights.squeeze(-1),
+            means.clone(),
+            variances,
+            shares.clone(),
+            centres.clone(),
+            shares * spreads.clamp_min(0),
+            steps.flatten(),
+            *trail,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mass, _, _, _, floor, _, tolerance, spherical, group = inputs
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(x, mass, floor, *output[3:])
-        ctx.options = tolerance > 0, spherical, group
+        x, mass, _, _, _, floor, _, tolerance, spherical, posterior, group = inputs
+        ctx.mark_non_differentiable(*output[6:])
+        ctx.save_for_backward(x, mass, floor, *output[6:])
+        ctx.options = tolerance > 0, spherical, posterior, group
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = _Derivative.apply(*ctx.saved_tensors, *grads[:3], *ctx.options)
-        return (*derivatives, None, None, None, None)
+        derivatives = _Derivative.apply(*ctx.saved_tensors, *grads[:6], *ctx.options)
+        return (*derivatives, None, None, None, None, None)
 
 
 class _Derivative(torch.autograd.Function):
@@ -133,14 +165,30 @@ class _Derivative(torch.autograd.Function):
         grad_weights: Tensor,
         grad_means: Tensor,
         grad_variances: Tensor,
+        grad_shares: Tensor,
+        grad_centres: Tensor,
+        grad_scatters: Tensor,
         stops: bool,
         spherical: bool,
+        posterior: bool,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         by_squares = -2 * grad_variances
         if spherical:
             by_squares = by_squares.mean(-1, keepdim=True).expand_as(by_squares)
-        last = moments[:, -1].chunk(2, -1)[1]
+        means = moments[:, -1 - posterior].chunk(2, -1)[1]
+        by_moments = torch.cat([by_squares, torch.addcmul(grad_means, means, by_squares)], -1)
+        grads = [(grad_weights.unsqueeze(-1), by_moments)]
+        if posterior:
+            squares, centres = moments[:, -1].chunk(2, -1)
+            spreads = torch.addcmul(-2 * squares, centres, centres, value=-1)
+            grad_scatters = grad_scatters.unsqueeze(-1)
+            by_spread = -2 * weights[:, -1] * grad_scatters
+            by_centres = torch.addcmul(grad_centres, centres, by_spread)
+            by_shares = torch.addcmul(
+                grad_shares.unsqueeze(-1), grad_scatters, spreads.sum(-1, keepdim=True)
+            )
+            grads.append((by_shares, torch.cat([by_spread.expand_as(centres), by_centres], -1)))
         grad_x, grad_mass, grad_weights, grad_moments, grad_floor = _run_back(
             x,
             mass.unsqueeze(-2),
@@ -148,22 +196,21 @@ class _Derivative(torch.autograd.Function):
             steps.reshape(-1, 1, 1),
             weights,
             moments,
-            grad_weights.unsqueeze(-1),
-            torch.cat([by_squares, torch.addcmul(grad_means, last, by_squares)], -1),
+            grads,
             stops,
             spherical,
             Ranks(group),
         )
-        first = moments[:, 0].chunk(2, -1)[1]
+        means = moments[:, 0].chunk(2, -1)[1]
         by_first, by_means = grad_moments.chunk(2, -1)
-        both = (by_first - by_squares).sum((-2, -1), keepdim=True)
+        by_floor = (by_first - by_squares).sum((-2, -1), keepdim=True)
         return (
             grad_x,
             grad_mass.squeeze(-2),
             grad_weights.squeeze(-1),
-            torch.addcmul(by_means, first, by_first, value=-1),
+            torch.addcmul(by_means, means, by_first, value=-1),
             -0.5 * by_first,
-            torch.add(grad_floor, both, alpha=0.5),
+            torch.add(grad_floor, by_floor, alpha=0.5),
         )
 
     @staticmethod
@@ -236,17 +283,18 @@ def _run_back(
     steps: Tensor,
     weights: Tensor,
     moments: Tensor,
-    grad_weights: Tensor,
-    grad_moments: Tensor,
+    grads: list[tuple[Tensor, Tensor]],
     stops: bool,
     spherical: bool,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the derivatives by x, mass, weights, moments and floor.
 
-    `weights` and `moments` are those of all steps, along dimension 1. `stops` says whether problems
-    may have stopped; what follows is the identity.
+    `weights` and `moments` are those of all steps, along dimension 1, and `grads` the derivatives
+    by the last one or two of them. `stops` says whether problems may have stopped; what follows is
+    the identity.
     """
+    grad_weights, grad_moments = grads.pop()
     features = _features(x)
     rows = features.mT
     absent = _absent(mass, ranks).unsqueeze(1)
@@ -263,7 +311,7 @@ def _run_back(
             weights[:, before], moments[:, before], floor.unsqueeze(1), spherical
         )
         log_joint = torch.baddbmm(offsets.flatten(1, 2), slopes.flatten(1, 2), features)
-        posteriors = log_joint.unflatten(1, (end - start, components)).softmax(-2)
+        posteriors = log_joint.reshape(*slopes.shape[:-1], -1).softmax(-2)
         idle = absent.expand(-1, end - start, -1, -1)
         if stops:
             turns = torch.arange(start, end, device=x.device).reshape(-1, 1, 1)
@@ -287,7 +335,8 @@ def _run_back(
             (idle_now, active, inverse, weight, moment) = step[6:]
             # Through the M-step. What is idle keeps its weights and moments.
             by_totals = inverse * grad_moments
-            by_shares = active * grad_weights - (by_totals * moment).sum(-1, keepdim=True)
+            by_shares = active * grad_weights if stops else grad_weights
+            by_shares = by_shares - (by_totals * moment).sum(-1, keepdim=True)
             held = torch.addcmul(_INERTIA * by_totals, idle_now, grad_moments)
             by_shares, by_totals = ranks.sum([by_shares, by_totals])
 
@@ -313,6 +362,12 @@ def _run_back(
             by_mean = torch.addcmul(by_mean, mean, by_squares)
             grad_moments = torch.cat([by_squares, by_mean], -1) + held
             grad_weights = torch.addcmul(by_offset / weight, idle_now, grad_weights)
+            if grads:
+                also_weights, also_moments = grads.pop()
+                grad_weights, grad_moments = (
+                    grad_weights + also_weights,
+                    grad_moments + also_moments,
+                )
         grad_features = torch.baddbmm(grad_features, torch.cat(left, 1).mT, torch.cat(right, 1))
         by_floor = torch.cat(by_variances, 1).sum((-2, -1), keepdim=True)
         grad_floor = torch.sub(grad_floor, by_floor, alpha=0.5)

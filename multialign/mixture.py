@@ -457,19 +457,20 @@ def choose_rows(
 
 
 def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    *batch, rows, _ = x.shape
-    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype)
-    nearest = torch.ones_like(mass)
+    *batch, rows, dim = x.shape
+    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype).split(1, -1)
+    first = mass.cumsum(-1)
+    chance, cumulative = mass, first
     chosen: list[Tensor] = []
-    for k in range(count):
-        chance = mass * nearest
-        exhausted = chance.sum(-1, keepdim=True) == 0  # fewer distinct samples than components
-        cumulative = torch.where(exhausted, mass, chance).cumsum(-1)
-        draw = draws[..., k : k + 1] * cumulative[..., -1:]
-        row = torch.searchsorted(cumulative, draw, right=True).clamp_max(rows - 1)
+    for draw in draws:
+        row = torch.searchsorted(cumulative, draw * cumulative[..., -1:], right=True)
+        row = row.clamp_max(rows - 1)
         chosen.append(row)
-        distance = squared_euclidean_cost(x, take_rows(x, row)).squeeze(-1)
-        nearest = distance if k == 0 else torch.minimum(nearest, distance)
+        distance = (x - x.gather(-2, row.unsqueeze(-1).expand(*batch, 1, dim))).square().sum(-1)
+        chance = mass * distance if chance is mass else torch.minimum(chance, mass * distance)
+        cumulative = chance.cumsum(-1)
+        # Where there are fewer distinct samples than components, any of them.
+        cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
     return torch.cat(chosen, -1)
 
 
@@ -684,8 +685,8 @@ def _iterate(
     Tolerance 0 does not look whether any did.
     """
     if _axes_alone(covariance_type, data.regularization):
-        updated, steps = _axis_aligned(
-            data, start, data.floor, covariance_type, iterations, tolerance, ranks
+        updated, _, steps = _axis_aligned(
+            data, start, data.floor, covariance_type, iterations, tolerance, False, ranks
         )
         if tolerance == 0:
             return updated, iterations, steps < 0
@@ -714,6 +715,17 @@ def _axes_alone(covariance_type: CovarianceType, regularization: float) -> bool:
     return covariance_type in ("diag", "spherical") and regularization >= SMALLEST_FLOOR
 
 
+class PosteriorMoments(NamedTuple):
+    """What each component holds of the samples, in expectation over their posteriors."""
+
+    weights: Tensor
+    """Mass, `(*batch, K)`, of sum 1 (0 without samples)."""
+    means: Tensor
+    """Mean, `(*batch, K, D)`."""
+    scatters: Tensor
+    """Mass times the mean squared distance from the mean, `(*batch, K)`."""
+
+
 def _axis_aligned(
     data: Standardised,
     state: Parameters,
@@ -721,29 +733,34 @@ def _axis_aligned(
     covariance_type: CovarianceType,
     iterations: int,
     tolerance: float,
+    posterior: bool,
     ranks: Ranks,
-) -> tuple[Parameters, Tensor]:
-    """Run EM by moments; return its result and each problem's number of steps `(*batch)`."""
+) -> tuple[Parameters, PosteriorMoments, Tensor]:
+    """Run EM by moments, whatever the batch: see :func:`axis_aligned_em`."""
     weights, means, covariances = state
     spherical = covariance_type == "spherical"
     if spherical:
         covariances = covariances.unsqueeze(-1).expand_as(means)
     batch = means.shape[:-2]
-    merged = [
-        part.reshape(batch.numel(), *part.shape[len(batch) :])
-        for part in (data.x, data.mass, weights, means, covariances, floor)
-    ]
-    *found, steps = axis_aligned_em(
-        *merged,
+    flat = len(batch) != 1
+    problem = [data.x, data.mass, weights, means, covariances, floor]
+    if flat:
+        problem = [part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in problem]
+    fitted, held, steps = axis_aligned_em(
+        *problem,
         iterations=iterations,
         tolerance=tolerance,
         spherical=spherical,
+        posterior=posterior,
         group=ranks.group,
     )
-    weights, means, covariances = (part.reshape(*batch, *part.shape[1:]) for part in found)
+    parts = [*fitted, *held, steps]
+    if flat:
+        parts = [part.reshape(*batch, *part.shape[1:]) for part in parts]
+    weights, means, covariances = parts[:3]
     if spherical:
         covariances = covariances[..., 0]
-    return Parameters(weights, means, covariances), steps.reshape(batch)
+    return Parameters(weights, means, covariances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
 def _em_step(
@@ -792,41 +809,49 @@ def _em_step(
     return Parameters(weights, means, covariances), likelihood.detach()
 
 
-class PosteriorMoments(NamedTuple):
-    """What each component has of the samples, in expectation over their posteriors."""
+def fit_with_posterior(
+    data: Standardised,
+    start: Parameters,
+    covariance_type: CovarianceType,
+    iterations: int,
+    differentiate: Differentiate,
+    ranks: Ranks,
+) -> tuple[Parameters, PosteriorMoments]:
+    """Return the mixture after EM and the posterior moments under it, both standardised.
 
-    weights: Tensor
-    """Mass, `(*batch, K)`, of sum 1 (0 without samples)."""
-    means: Tensor
-    """Mean, `(*batch, K, D)`."""
-    scatters: Tensor
-    """Mass times the mean squared distance from the mean, `(*batch, K)`."""
+    In one call where that is one pass: the moments are what a further step starts with.
+    """
+    if differentiate == "unroll" and _axes_alone(covariance_type, data.regularization):
+        fitted, held, _ = _axis_aligned(
+            data, start, data.floor, covariance_type, iterations, 0.0, True, ranks
+        )
+        return fitted, held
+    grad = torch.is_grad_enabled() and differentiate != "none"
+    with torch.set_grad_enabled(grad):
+        fitted = fit_standard(data, start, covariance_type, iterations, 0.0, differentiate, ranks)
+    return fitted, posterior_moments(data, fitted, covariance_type, ranks)
 
 
 def posterior_moments(
     data: Standardised, state: Parameters, covariance_type: CovarianceType, ranks: Ranks
 ) -> PosteriorMoments:
-    """Return the moments of standardised samples, in float64 and in the data's own units."""
-    weights, means, covariances = to_standard(state, data)
-    state = Parameters(weights, means, covariances)
+    """Return the posterior moments of samples under a mixture, both standardised."""
     if _axes_alone(covariance_type, data.regularization):
         floor = torch.full_like(data.floor, _SMALLEST_VARIANCE)
-        (weights, means, covariances), _ = _axis_aligned(
-            data, state, floor, covariance_type, 1, 0.0, ranks
-        )
-        spread = covariances - _SMALLEST_VARIANCE
-        dim = means.shape[-1]
-        spread = spread.sum(-1) if covariance_type == "diag" else dim * spread
-        scatters = weights * spread
-    else:
-        joint = data.mass.unsqueeze(-1) * _log_joint(data.x, state, covariance_type).softmax(-1)
-        weights, means = ranks.sum([joint.sum(-2), joint.mT @ data.x])
-        means = means / torch.where(weights == 0, 1.0, weights).unsqueeze(-1)
-        (scatters,) = ranks.sum([(joint * squared_euclidean_cost(data.x, means)).sum(-2)])
-    square = data.scale.square().squeeze(-1)
-    return PosteriorMoments(
-        weights, torch.addcmul(data.origin, data.scale, means), square * scatters
-    )
+        _, held, _ = _axis_aligned(data, state, floor, covariance_type, 0, 0.0, True, ranks)
+        return held
+    joint = data.mass.unsqueeze(-1) * _log_joint(data.x, state, covariance_type).softmax(-1)
+    weights, means = ranks.sum([joint.sum(-2), joint.mT @ data.x])
+    means = means / torch.where(weights == 0, 1.0, weights).unsqueeze(-1)
+    (scatters,) = ranks.sum([(joint * squared_euclidean_cost(data.x, means)).sum(-2)])
+    return PosteriorMoments(weights, means, scatters)
+
+
+def moments_from_standard(held: PosteriorMoments, data: Standardised) -> PosteriorMoments:
+    """Return posterior moments in the units of the samples, in float64."""
+    weights, means, scatters = held
+    means = torch.addcmul(data.origin, data.scale, means)
+    return PosteriorMoments(weights, means, data.scale.square().squeeze(-1) * scatters)
 
 
 def _merge(

@@ -28,6 +28,7 @@ from multialign.mixture import (
     GaussianMixture,
     GaussianPrototypes,
     Parameters,
+    PosteriorMoments,
     Standardised,
     as_mixture,
     check_fit_options,
@@ -35,8 +36,9 @@ from multialign.mixture import (
     choose_rows,
     component_covariances,
     draw_means,
-    fit_standard,
+    fit_with_posterior,
     from_standard,
+    moments_from_standard,
     parameters_of,
     posterior_moments,
     standardise,
@@ -229,7 +231,7 @@ def prototype_alignment_loss(
     samples = _check_samples(features, weights, ranks)
     counts = _counts(num_prototypes, len(samples.features), matching)
     with full_precision(samples.features[0]):
-        return _loss(_fit(samples, counts, options, ranks), options, ranks)
+        return _loss(_fit(samples, counts, options, ranks), options)
 
 
 class PrototypeAlignmentLoss(nn.Module):
@@ -335,7 +337,7 @@ class PrototypeAlignmentLoss(nn.Module):
         """Return the loss of M feature sets."""
         samples, counts, ranks = self._check(features, weights)
         with full_precision(samples.features[0]):
-            return _loss(self._fit(samples, counts, ranks), self.options, ranks)
+            return _loss(self._fit(samples, counts, ranks), self.options)
 
     def solve(
         self,
@@ -349,7 +351,7 @@ class PrototypeAlignmentLoss(nn.Module):
             fit = self._fit(samples, counts, ranks)
             solution = _solve(fit, options)
             transport_loss = _transport_loss(solution, options)
-            prototype_loss = _prototype_loss(fit, solution, options, ranks)
+            prototype_loss = _prototype_loss(fit, solution, options)
             return PrototypeAlignment(
                 loss=options.transport_weight * transport_loss
                 + options.prototype_weight * prototype_loss,
@@ -374,13 +376,13 @@ class PrototypeAlignmentLoss(nn.Module):
         if not self.training and all(start is not None for start in starts):
             data = _standardise(samples, counts, options, ranks)
             known = [start for start in starts if start is not None]
-            return _Fit(samples, data, known, _complete(samples, ranks))
+            return _known(samples, data, known, options, ranks)
         fit = _fit(samples, counts, options, ranks, starts)
         merged = [
             model.remember(as_mixture(batch, options.covariance_type), present != 0)
             for model, batch, present in zip(models, fit.parameters, samples.present, strict=True)
         ]
-        return fit._replace(parameters=[parameters_of(mixture) for mixture in merged])
+        return _known(samples, fit.data, [parameters_of(m) for m in merged], options, ranks)
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -445,6 +447,8 @@ class _Fit(NamedTuple):
     """The samples in their own units: one for all modalities side by side, or one for each."""
     parameters: list[Parameters]
     """M, in the units of the samples."""
+    moments: list[PosteriorMoments]
+    """Of the samples under these mixtures, standardised, in the order of `data`."""
 
     complete: bool
     """Whether it is known without a look that no modality is absent."""
@@ -474,23 +478,34 @@ def _fit(
                 ]
             known = [start for start in starts if start is not None]
             begin = [to_standard(s, d) for s, d in zip(_stack(known, data), data, strict=True)]
-        fitted = [
-            from_standard(
-                fit_standard(
-                    own,
-                    start,
-                    options.covariance_type,
-                    options.em_iterations,
-                    0.0,
-                    options.differentiate,
-                    ranks,
-                ),
-                own,
-                dtype,
-            )
-            for own, start in zip(data, begin, strict=True)
-        ]
-    return _Fit(samples, data, _unstack(fitted), _complete(samples, ranks))
+    fitted, held = [], []
+    for own, start in zip(data, begin, strict=True):
+        mixture, moments = fit_with_posterior(
+            own,
+            start,
+            options.covariance_type,
+            options.em_iterations,
+            options.differentiate,
+            ranks,
+        )
+        fitted.append(from_standard(mixture, own, dtype))
+        held.append(moments)
+    return _Fit(samples, data, _unstack(fitted), held, _complete(samples, ranks))
+
+
+def _known(
+    samples: Samples,
+    data: list[Standardised],
+    parameters: list[Parameters],
+    options: _Options,
+    ranks: Ranks,
+) -> _Fit:
+    """Return given mixtures with the posterior moments of the samples under them."""
+    held = [
+        posterior_moments(own, to_standard(part, own), options.covariance_type, ranks)
+        for part, own in zip(_stack(parameters, data), data, strict=True)
+    ]
+    return _Fit(samples, data, parameters, held, _complete(samples, ranks))
 
 
 def _complete(samples: Samples, ranks: Ranks) -> bool:
@@ -608,7 +623,7 @@ def _joint_mass(samples: Samples) -> Tensor:
     return joint.detach()
 
 
-def _loss(fit: _Fit, options: _Options, ranks: Ranks) -> Tensor:
+def _loss(fit: _Fit, options: _Options) -> Tensor:
     """Return Eq. 9; what has weight 0 is not computed."""
     by_plan = options.matching == "plan" and options.prototype_weight > 0
     solution = _solve(fit, options) if options.transport_weight > 0 or by_plan else None
@@ -616,7 +631,7 @@ def _loss(fit: _Fit, options: _Options, ranks: Ranks) -> Tensor:
     if solution is not None and options.transport_weight > 0:
         terms.append(options.transport_weight * _transport_loss(solution, options))
     if options.prototype_weight > 0 or not terms:
-        terms.append(options.prototype_weight * _prototype_loss(fit, solution, options, ranks))
+        terms.append(options.prototype_weight * _prototype_loss(fit, solution, options))
     return sum(terms[1:], start=terms[0])
 
 
@@ -672,9 +687,7 @@ def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:
     return (solution.value if regularized else solution.transport_cost).mean()
 
 
-def _prototype_loss(
-    fit: _Fit, solution: TransportSolution | None, options: _Options, ranks: Ranks
-) -> Tensor:
+def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Options) -> Tensor:
     """Return the second term of Eq. 9, the mean over ordered pairs of modalities.
 
     The mean squared distance of a component's samples from a point is that from their own mean,
@@ -683,10 +696,7 @@ def _prototype_loss(
     parameters, samples = fit.parameters, fit.samples
     pairs = list(permutations(range(len(parameters)), 2))
     moments = _unstack(
-        [
-            posterior_moments(own, part, options.covariance_type, ranks)
-            for own, part in zip(fit.data, _stack(parameters, fit.data), strict=True)
-        ]
+        [moments_from_standard(held, own) for held, own in zip(fit.moments, fit.data, strict=True)]
     )
     terms = []
     for group in _alike(pairs, parameters):
