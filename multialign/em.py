@@ -28,7 +28,7 @@ from multialign._distributed import ProcessGroup, Ranks
 
 __all__ = ["SMALLEST_FLOOR", "axis_aligned_em"]
 
-SMALLEST_FLOOR = 1e-8
+SMALLEST_FLOOR = 1e-7
 # A component that no sample belongs to stays where it is, as if this much mass held it there.
 _INERTIA = 1e-30
 # How many posteriors are computed again at once, going back.
@@ -174,10 +174,10 @@ class _Derivative(torch.autograd.Function):
         group: ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         by_squares = -2 * grad_variances
-        if spherical:
-            by_squares = by_squares.mean(-1, keepdim=True).expand_as(by_squares)
         means = moments[:, -1 - posterior].chunk(2, -1)[1]
         by_moments = torch.cat([by_squares, torch.addcmul(grad_means, means, by_squares)], -1)
+        if spherical:
+            by_moments = _average_spreads(by_moments, means)
         grads = [(grad_weights.unsqueeze(-1), by_moments)]
         if posterior:
             squares, centres = moments[:, -1].chunk(2, -1)
@@ -294,14 +294,15 @@ def _run_back(
     by the last one or two of them. `stops` says whether problems may have stopped; what follows is
     the identity.
     """
-    grad_weights, grad_moments = grads.pop()
     features = _features(x)
     rows = features.mT
-    absent = _absent(mass, ranks).unsqueeze(1)
+    absent = _absent(mass, ranks)
     count, components = weights.shape[1] - 1, weights.shape[2]
     block = max(1, _BLOCK_ENTRIES // max(1, mass.numel() * components))
     grad_features, grad_mass = torch.zeros_like(features), torch.zeros_like(mass)
     grad_floor = torch.zeros_like(floor)
+    whole = sum(by_weights for by_weights, _ in grads)
+    grad_weights, grad_moments = grads.pop()
 
     for end in range(count, 0, -block):
         start = max(0, end - block)
@@ -312,68 +313,72 @@ def _run_back(
         )
         log_joint = torch.baddbmm(offsets.flatten(1, 2), slopes.flatten(1, 2), features)
         posteriors = log_joint.reshape(*slopes.shape[:-1], -1).softmax(-2)
-        idle = absent.expand(-1, end - start, -1, -1)
+        # How a and c vary with E x^2 / -2 and the mean, a first by its own half, then by the other.
+        square = 2 * precisions.square()
+        mixed = square * means
+        linear = torch.addcmul(precisions, mixed, means)
+        half = -0.5 * mixed * means
+        by_a = torch.cat([square, linear], -1), torch.cat([mixed, mixed], -1)
+        by_c = torch.cat([precisions + half, half * means], -1)
+        shares = (1 - absent.unsqueeze(1)) * weights[:, after] + _INERTIA
+        parts = [slopes, posteriors, mass.unsqueeze(1) * posteriors, *by_a, by_c]
+        parts += [shares.reciprocal(), weights[:, before].clamp_min(_INERTIA)]
+        parts += [moments[:, after], means]
         if stops:
             turns = torch.arange(start, end, device=x.device).reshape(-1, 1, 1)
-            idle = torch.maximum(absent, (turns >= steps.unsqueeze(1)).to(x.dtype))
-        parts = (
-            slopes,
-            precisions,
-            2 * precisions,
-            means,
-            posteriors,
-            mass.unsqueeze(1) * posteriors,
-            idle,
-            1 - idle,
-            (1 - idle) / (weights[:, after] + _INERTIA),
-            weights[:, before].clamp_min(_INERTIA),
-            moments[:, after],
-        )
-        left, right, by_variances = [], [], []
+            parts.append(turns >= steps.unsqueeze(1))
+        left, right, averages, changes = [], [], [], []
         for step in reversed(list(zip(*(part.unbind(1) for part in parts), strict=True))):
-            (slope, precision, twice, mean, posterior, joint) = step[:6]
-            (idle_now, active, inverse, weight, moment) = step[6:]
-            # Through the M-step. What is idle keeps its weights and moments.
+            slope, posterior, joint, own, other, offset, inverse, weight, moment, mean = step[:10]
+            # Through the M-step.
             by_totals = inverse * grad_moments
-            by_shares = active * grad_weights if stops else grad_weights
-            by_shares = by_shares - (by_totals * moment).sum(-1, keepdim=True)
-            held = torch.addcmul(_INERTIA * by_totals, idle_now, grad_moments)
+            by_shares = grad_weights - (by_totals * moment).sum(-1, keepdim=True)
+            if stops:
+                by_totals = torch.where(step[10], 0.0, by_totals)
+                by_shares = torch.where(step[10], 0.0, by_shares)
+            before_weights, before_moments = grad_weights, grad_moments
+            inertia = by_totals
             by_shares, by_totals = ranks.sum([by_shares, by_totals])
-
+            # Through the posteriors.
             by_joint = torch.baddbmm(by_shares, by_totals, features)
             average = (posterior * by_joint).sum(-2, keepdim=True)
             by_log_joint = joint * (by_joint - average)
-            grad_mass = grad_mass + average
             left += [by_totals, slope]
             right += [joint, by_log_joint]
-
-            # Through c and a.
+            averages.append(average)
+            # Through a and c.
+            by_slope = torch.bmm(by_log_joint, rows)
             by_offset = by_log_joint.sum(-1, keepdim=True)
-            by_precision, by_linear = torch.bmm(by_log_joint, rows).chunk(2, -1)
-            half = 0.5 * by_offset
-            inner = torch.addcmul(by_linear, half, mean, value=-1)
-            by_squares = twice * torch.addcmul(
-                half, precision, torch.addcmul(by_precision, mean, inner)
-            )
+            crossed = torch.cat(by_slope.chunk(2, -1)[::-1], -1)
+            grad_moments = torch.addcmul(own * by_slope, other, crossed)
+            change = torch.addcmul(own * by_slope, other, crossed)
+            change = torch.addcmul(change, by_offset, offset)
             if spherical:
-                by_squares = by_squares.mean(-1, keepdim=True).expand_as(by_squares)
-            by_variances.append(by_squares)
-            by_mean = precision * torch.addcmul(inner, half, mean, value=-1)
-            by_mean = torch.addcmul(by_mean, mean, by_squares)
-            grad_moments = torch.cat([by_squares, by_mean], -1) + held
-            grad_weights = torch.addcmul(by_offset / weight, idle_now, grad_weights)
+                change = _average_spreads(change, mean)
+            changes.append(change)
+            grad_moments = torch.add(change, inertia, alpha=_INERTIA)
+            grad_weights = by_offset / weight
+            if stops:
+                grad_moments = torch.where(step[10], before_moments, grad_moments)
+                grad_weights = torch.where(step[10], before_weights, grad_weights)
             if grads:
-                also_weights, also_moments = grads.pop()
-                grad_weights, grad_moments = (
-                    grad_weights + also_weights,
-                    grad_moments + also_moments,
-                )
+                by_weights, by_moments = grads.pop()
+                grad_weights, grad_moments = grad_weights + by_weights, grad_moments + by_moments
         grad_features = torch.baddbmm(grad_features, torch.cat(left, 1).mT, torch.cat(right, 1))
-        by_floor = torch.cat(by_variances, 1).sum((-2, -1), keepdim=True)
+        grad_mass = grad_mass + torch.cat(averages, 1).sum(1, keepdim=True)
+        by_floor = torch.cat(changes, 1)[..., : x.shape[-1]].sum((-2, -1), keepdim=True)
         grad_floor = torch.sub(grad_floor, by_floor, alpha=0.5)
     by_square, by_x = grad_features.chunk(2, 1)
     grad_x = torch.addcmul(by_x, by_square, x.mT, value=-1).mT
-    return grad_x, grad_mass, grad_weights, grad_moments, grad_floor
+    grad_weights = torch.where(absent != 0, whole, grad_weights)
+    return grad_x, (1 - absent) * grad_mass, grad_weights, grad_moments, grad_floor
+
+
+def _average_spreads(by_moments: Tensor, means: Tensor) -> Tensor:
+    """Return the derivative by moments whose variances are averaged over the features."""
+    by_squares, by_means = by_moments.chunk(2, -1)
+    average = by_squares.mean(-1, keepdim=True).expand_as(by_squares)
+    return torch.cat([average, torch.addcmul(by_means, means, average - by_squares)], -1)
 
 
 def _features(x: Tensor) -> Tensor:

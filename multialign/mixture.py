@@ -756,7 +756,7 @@ def _axis_aligned(
     )
     parts = [*fitted, *held, steps]
     if flat:
-        parts = [part.reshape(*batch, *part.shape[1:]) for part in parts]
+        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
     weights, means, covariances = parts[:3]
     if spherical:
         covariances = covariances[..., 0]
