@@ -145,7 +145,9 @@ class _EM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = _Derivative.apply(*ctx.saved_tensors, *grads[:6], *ctx.options)
+        # Where no graph of the derivative is wanted, there is none to refuse.
+        differentiate = _Derivative.apply if torch.is_grad_enabled() else _Derivative.forward
+        derivatives = differentiate(*ctx.saved_tensors, *grads[:6], *ctx.options)
         return (*derivatives, None, None, None, None, None)
 
 

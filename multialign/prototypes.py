@@ -399,7 +399,8 @@ class PrototypeAlignmentLoss(nn.Module):
         if len(self.prototypes) == 0:
             self.prototypes.extend(self._model(count) for count in counts)
         # A first call in eval mode, as Lightning's sanity check makes, must not leave them in it.
-        self.prototypes.train(self.training)
+        if any(model.training != self.training for model in self.prototypes):
+            self.prototypes.train(self.training)
         if len(self.prototypes) != len(counts):
             raise ValueError(
                 f"features must have the {len(self.prototypes)} modalities whose prototypes are "
