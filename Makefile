@@ -48,6 +48,7 @@ wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is
 
 bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
+	$(PY) -m benchmarks.prototypes
 
 clean: ## Remove everything the verbs made, except runs/
 	rm -rf $(VENV) build dist docs/_build docs/api/generated .hypothesis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from multialign._validation import (
     weigh_samples,
 )
 from multialign.costs import squared_euclidean_cost
+from multialign.em import SMALLEST_FLOOR, axis_aligned_em
 from multialign.ops import log, logsumexp
 
 __all__ = ["GaussianMixture", "GaussianPrototypes", "fit_gaussian_mixture"]
@@ -34,6 +35,9 @@ __all__ = ["GaussianMixture", "GaussianPrototypes", "fit_gaussian_mixture"]
 CovarianceType = Literal["diag", "full", "tied", "spherical"]
 Differentiate = Literal["unroll", "last", "none"]
 Init = Literal["kmeans++", "random"]
+
+# Of a component in posteriors, relative to the data: rounding leaves a variance no less than that.
+_SMALLEST_VARIANCE = 1e-10
 
 COVARIANCE_TYPES = ("diag", "full", "tied", "spherical")
 _COVARIANCE_SHAPES = {
@@ -157,11 +161,7 @@ class GaussianMixture:
             :math:`(*\text{batch}, K, D)` for "diag" and "spherical",
             :math:`(*\text{batch}, K, D, D)` for "full" and "tied".
         """
-        if self.covariance_type == "spherical":
-            return self.covariances.unsqueeze(-1).expand(self.means.shape)
-        if self.covariance_type == "tied":
-            return self.covariances.unsqueeze(-3).expand(*self.means.shape, self.means.shape[-1])
-        return self.covariances
+        return component_covariances(parameters_of(self), self.covariance_type)
 
     def _check(self, x: Tensor) -> Tensor:
         x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
@@ -174,32 +174,8 @@ class GaussianMixture:
         return x
 
     def _log_joint(self, x: Tensor) -> Tensor:
-        """Return log pi_k + log N(x_n; mu_k, Sigma_k), `(*batch, N, K)`."""
         with full_precision(x):
-            return log(self.weights).unsqueeze(-2) + self._log_normal(x)
-
-    def _log_normal(self, x: Tensor) -> Tensor:
-        """Return the log-densities of Eq. 4, `(*batch, N, K)`."""
-        dim = x.shape[-1]
-        if self.covariance_type == "spherical":
-            deviation = self.covariances.sqrt().unsqueeze(-2)
-            # Divided twice: the square of a variance may leave the range in the gradient.
-            distance = squared_euclidean_cost(x, self.means) / deviation / deviation
-            log_det = 2 * dim * deviation.log()
-        elif self.covariance_type == "diag":
-            deviation = x.unsqueeze(-2) - self.means.unsqueeze(-3)
-            distance = (deviation / self.covariances.sqrt().unsqueeze(-3)).square().sum(-1)
-            log_det = self.covariances.log().sum(-1).unsqueeze(-2)
-        else:
-            whitening, log_det = _whiten(self.covariances)
-            if self.covariance_type == "tied":
-                distance = squared_euclidean_cost(x @ whitening.mT, self.means @ whitening.mT)
-                log_det = log_det[..., None, None]
-            else:
-                deviation = x.unsqueeze(-3) - self.means.unsqueeze(-2)
-                distance = (deviation @ whitening.mT).square().sum(-1).mT
-                log_det = log_det.unsqueeze(-2)
-        return -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
+            return _log_joint(x, parameters_of(self), self.covariance_type)
 
 
 def fit_gaussian_mixture(
@@ -229,7 +205,12 @@ def fit_gaussian_mixture(
     :math:`s^2` the variance of the data averaged over features (1 if that is 0), so that scaling
     the data scales the mixture. A component that no sample belongs to keeps its parameters. All
     arguments scikit-learn knows mean what they mean there, except that scikit-learn adds
-    :math:`\rho` without :math:`s^2`.
+    :math:`\rho` without :math:`s^2`. All arithmetic is in float64.
+
+    For "diag" and "spherical" (with :math:`\rho \ge 10^{-7}`; below, differences replace moments)
+    an iteration takes :math:`N K D` time and two matrix products, and the backward pass keeps the
+    mixtures it went through alone, so that memory does not grow with :math:`N K` times the
+    iterations; it has first derivatives only.
 
     Args:
         x: :math:`(*\text{batch}, N, D)`; batch entries are independent problems.
@@ -243,7 +224,9 @@ def fit_gaussian_mixture(
             iterations and never reads a value back from the device.
         regularization: :math:`\rho`, dimensionless.
         differentiate: "unroll" differentiates through all iterations, "last" through the last
-            alone (the state before it counts as constant), "none" not at all.
+            alone, the state before it being constant, "none" not at all. A problem that converged
+            to the `tolerance` is at a fixed point: there "last" adds the derivative of that state,
+            which makes it the implicit derivative of the limit, whatever the way there.
         generator: Draws the initial means; None stands for torch's global generator.
         process_group: Given one, the mixture is that of all ranks' samples together. They stay on
             their ranks, but for the draw of initial means, which the first rank makes for all. An
@@ -283,40 +266,27 @@ def fit_gaussian_mixture(
     batch = x.shape[:-2]
     features, checked = ranks.note([x], check_weights([weights], [x], batch))
     samples = Samples(*weigh_samples(features, checked, batch), weights is not None)
+    masses, present = ranks.normalise(samples.masses, samples.present)
+    samples = samples._replace(masses=masses)
 
     grad = torch.is_grad_enabled() and differentiate != "none"
     with full_precision(x), torch.set_grad_enabled(grad):
-        (x,), (mass,) = samples.features, samples.masses
-        # In these units neither an offset nor the scale of the data costs digits or range. EM
-        # commutes with both, so they are constants for the gradient.
-        (origin,) = ranks.first_rows([reference_row(x, mass)], samples.present)
-        (mass,), present = ranks.normalise([mass], samples.present)
-        deviation = torch.where(mass.unsqueeze(-1) == 0, 0.0, x - origin)
-        with torch.no_grad():
-            (variance,) = variances([deviation], [mass], ranks)
-            level = variance.mean(-1, keepdim=True)
-            scale = torch.where(level == 0, 1.0, level).sqrt()
-        x = deviation / scale
-        (variance,) = variances([x], [mass], ranks)
-        floor = variance_floor(variance, regularization)
+        (data,) = standardise(samples, regularization, ranks)
         if isinstance(init, GaussianMixture):
-            mixture = _standardise(init, origin, scale)
+            start = to_standard(parameters_of(init), data)
         else:
 
             def choose(samples: Samples) -> list[Tensor]:
                 (x,), (mass,) = samples.features, samples.masses
                 return [choose_rows(x, mass, num_components, init=init, generator=generator)]
 
-            samples = Samples([x], [mass], present, samples.weighted)
+            samples = Samples([data.x], [data.mass], present, samples.weighted)
             (means,) = draw_means(samples, [num_components], choose, ranks)
-            mixture = start_mixture(means, variance, floor, covariance_type)
-        if differentiate == "last":
-            with torch.no_grad():
-                mixture = _iterate(x, mass, mixture, iterations - 1, tolerance, floor, ranks)
-            mixture, _ = _em_step(x, mass, mixture, floor, ranks)
-        else:
-            mixture = _iterate(x, mass, mixture, iterations, tolerance, floor, ranks)
-        return _restore(mixture, origin, scale)
+            start = start_parameters(means, data, covariance_type)
+        fitted = fit_standard(
+            data, start, covariance_type, iterations, tolerance, differentiate, ranks
+        )
+        return as_mixture(from_standard(fitted, data, x.dtype), covariance_type)
 
 
 class GaussianPrototypes(nn.Module):
@@ -494,19 +464,20 @@ def choose_rows(
 
 
 def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    *batch, rows, _ = x.shape
-    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype)
-    nearest = torch.ones_like(mass)
+    *batch, rows, dim = x.shape
+    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype).split(1, -1)
+    first = mass.cumsum(-1)
+    chance, cumulative = mass, first
     chosen: list[Tensor] = []
-    for k in range(count):
-        chance = mass * nearest
-        exhausted = chance.sum(-1, keepdim=True) == 0  # fewer distinct samples than components
-        cumulative = torch.where(exhausted, mass, chance).cumsum(-1)
-        draw = draws[..., k : k + 1] * cumulative[..., -1:]
-        row = torch.searchsorted(cumulative, draw, right=True).clamp_max(rows - 1)
+    for draw in draws:
+        row = torch.searchsorted(cumulative, draw * cumulative[..., -1:], right=True)
+        row = row.clamp_max(rows - 1)
         chosen.append(row)
-        distance = squared_euclidean_cost(x, take_rows(x, row)).squeeze(-1)
-        nearest = distance if k == 0 else torch.minimum(nearest, distance)
+        distance = (x - x.gather(-2, row.unsqueeze(-1).expand(*batch, 1, dim))).square().sum(-1)
+        chance = mass * distance if chance is mass else torch.minimum(chance, mass * distance)
+        cumulative = chance.cumsum(-1)
+        # Where there are fewer distinct samples than components, any of them.
+        cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
     return torch.cat(chosen, -1)
 
 
@@ -546,12 +517,127 @@ def draw_means(
     return ranks.sum(rows)
 
 
-def start_mixture(
-    means: Tensor, variance: Tensor, floor: Tensor, covariance_type: CovarianceType
-) -> GaussianMixture:
+class Parameters(NamedTuple):
+    """Weights, means and covariances, as a :class:`GaussianMixture` holds them, unchecked."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+
+def parameters_of(mixture: GaussianMixture) -> Parameters:
+    """Return the parameters of a mixture."""
+    return Parameters(mixture.weights, mixture.means, mixture.covariances)
+
+
+def as_mixture(parameters: Parameters, covariance_type: CovarianceType) -> GaussianMixture:
+    """Return the mixture that has these parameters."""
+    weights, means, covariances = parameters
+    return GaussianMixture(
+        weights=weights, means=means, covariances=covariances, covariance_type=covariance_type
+    )
+
+
+def component_covariances(parameters: Parameters, covariance_type: CovarianceType) -> Tensor:
+    """Return one covariance a component: :meth:`GaussianMixture.component_covariances`."""
+    _, means, covariances = parameters
+    if covariance_type == "spherical":
+        return covariances.unsqueeze(-1).expand(means.shape)
+    if covariance_type == "tied":
+        return covariances.unsqueeze(-3).expand(*means.shape, means.shape[-1])
+    return covariances
+
+
+class Standardised(NamedTuple):
+    """Samples in units (x - origin) / scale, in which neither offset nor scale cost digits.
+
+    EM commutes with the change of units, so that origin and scale are constants for the gradient.
+    """
+
+    x: Tensor
+    """`(*batch, N, D)`, float64, of mean variance 1 (0 if all samples are equal)."""
+    mass: Tensor
+    """`(*batch, N)`."""
+    origin: Tensor
+    """One of the samples, `(*batch, 1, D)`."""
+    scale: Tensor
+    """`(*batch, 1, 1)`."""
+    variance: Tensor
+    """Of each feature, `(*batch, 1, D)`."""
+    floor: Tensor
+    """What is added to variances, `(*batch, 1, 1)`: the regularization, with its gradient."""
+    regularization: float
+
+
+def standardise(samples: Samples, regularization: float, ranks: Ranks) -> list[Standardised]:
+    """Return M sets of samples in their own units; their masses sum to 1 over all ranks."""
+    features = [x.double() for x in samples.features]
+    masses = [mass.double() for mass in samples.masses]
+    origins = [reference_row(x, mass) for x, mass in zip(features, masses, strict=True)]
+    if ranks.group is not None:
+        here = torch.stack([(mass != 0).any(-1) for mass in masses])
+        origins = ranks.first_rows(origins, here.double())
+    deviations = [x - origin for x, origin in zip(features, origins, strict=True)]
+    if samples.weighted:
+        deviations = [
+            torch.where(mass.unsqueeze(-1) == 0, 0.0, deviation)
+            for mass, deviation in zip(masses, deviations, strict=True)
+        ]
+    rows = [mass.unsqueeze(-2) for mass in masses]
+    means = ranks.sum([row @ d for row, d in zip(rows, deviations, strict=True)])
+    variances = ranks.sum(
+        [
+            row @ (deviation - mean).square()
+            for row, deviation, mean in zip(rows, deviations, means, strict=True)
+        ]
+    )
+    standardised = []
+    for deviation, mass, origin, variance in zip(
+        deviations, masses, origins, variances, strict=True
+    ):
+        level = variance.mean(-1, keepdim=True)
+        constant = level.detach()
+        constant = torch.where(constant == 0, 1.0, constant)
+        scale = constant.sqrt()
+        floor = regularization * torch.where(level == 0, 1.0, level / constant)
+        standardised.append(
+            Standardised(
+                deviation / scale, mass, origin, scale, variance / constant, floor, regularization
+            )
+        )
+    return standardised
+
+
+def to_standard(parameters: Parameters, data: Standardised) -> Parameters:
+    """Express parameters in the units of the data."""
+    weights, means, covariances = (part.double() for part in parameters)
+    square = _like(data.scale.square(), covariances)
+    return Parameters(weights, (means - data.origin) / data.scale, covariances / square)
+
+
+def from_standard(parameters: Parameters, data: Standardised, dtype: torch.dtype) -> Parameters:
+    """Undo `to_standard`."""
+    weights, means, covariances = parameters
+    square = _like(data.scale.square(), covariances)
+    return Parameters(
+        weights.to(dtype),
+        torch.addcmul(data.origin, data.scale, means).to(dtype),
+        (square * covariances).to(dtype),
+    )
+
+
+def _like(number: Tensor, covariances: Tensor) -> Tensor:
+    """Return one number a problem, `(*batch, 1, 1)`, in a shape that multiplies the covariances."""
+    batch = number.shape[:-2]
+    return number.reshape(*batch, *[1] * (covariances.ndim - len(batch)))
+
+
+def start_parameters(
+    means: Tensor, data: Standardised, covariance_type: CovarianceType
+) -> Parameters:
     """Return a mixture of the given means, with the data's variances and equal weights."""
     *batch, count, _ = means.shape
-    variance = variance + floor
+    variance = data.variance + data.floor
     if covariance_type == "diag":
         covariances = variance.expand_as(means)
     elif covariance_type == "spherical":
@@ -560,71 +646,140 @@ def start_mixture(
         covariances = torch.diag_embed(variance.squeeze(-2))
     else:
         covariances = torch.diag_embed(variance.expand_as(means))
-    return GaussianMixture(
-        weights=means.new_full((*batch, count), 1 / count),
-        means=means,
-        covariances=covariances,
-        covariance_type=covariance_type,
-    )
+    return Parameters(means.new_full((*batch, count), 1 / count), means, covariances)
 
 
-def variances(features: Sequence[Tensor], masses: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Return the weighted variance of each feature, `(*batch, 1, D)`, for M sets of samples."""
-    weights = [mass.unsqueeze(-1) for mass in masses]
-    means = ranks.sum(
-        [(w * x).sum(-2, keepdim=True) for w, x in zip(weights, features, strict=True)]
-    )
-    return ranks.sum(
-        [
-            (w * (x - mean).square()).sum(-2, keepdim=True)
-            for w, x, mean in zip(weights, features, means, strict=True)
-        ]
-    )
-
-
-def variance_floor(variance: Tensor, regularization: float) -> Tensor:
-    """Return what is added to variances, `(*batch, 1, 1)`, relative to those of the data."""
-    level = variance.mean(-1, keepdim=True)
-    return regularization * torch.where(level == 0, 1.0, level)
+def fit_standard(
+    data: Standardised,
+    start: Parameters,
+    covariance_type: CovarianceType,
+    iterations: int,
+    tolerance: float,
+    differentiate: Differentiate,
+    ranks: Ranks,
+) -> Parameters:
+    """Run EM on standardised samples; "none" is the caller's to see to."""
+    if differentiate != "last":
+        return _iterate(data, start, covariance_type, iterations, tolerance, ranks)[0]
+    with torch.no_grad():
+        before, taken, done = _iterate(
+            data, start, covariance_type, iterations - 1, tolerance, ranks
+        )
+    after, _, _ = _iterate(data, before, covariance_type, 1, 0.0, ranks)
+    if tolerance == 0:
+        return after
+    # At a fixed point t = F(t, x) the derivative is that of F by x and, through t, itself: a
+    # geometric series, whose terms fall as fast as EM converged. Each round adds one.
+    for _ in range(taken):
+        moved = []
+        for fixed, step in zip(before, after, strict=True):
+            converged = done.reshape(*done.shape, *[1] * (step.ndim - done.ndim))
+            moved.append(fixed + torch.where(converged, step - step.detach(), 0.0))
+        after, _, _ = _iterate(data, Parameters(*moved), covariance_type, 1, 0.0, ranks)
+    return after
 
 
 def _iterate(
-    x: Tensor,
-    mass: Tensor,
-    mixture: GaussianMixture,
+    data: Standardised,
+    start: Parameters,
+    covariance_type: CovarianceType,
     iterations: int,
     tolerance: float,
-    floor: Tensor,
     ranks: Ranks,
-) -> GaussianMixture:
-    """Run EM until every problem has converged; one that has is left alone."""
-    done = torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
-    previous: Tensor | None = None
-    for _ in range(iterations):
-        updated, likelihood = _em_step(x, mass, mixture, floor, ranks)
+) -> tuple[Parameters, int, Tensor]:
+    """Return the state after EM, the largest number of steps, and which problems converged.
+
+    Tolerance 0 does not look whether any did.
+    """
+    if _axes_alone(covariance_type, data.regularization):
+        updated, _, steps = _axis_aligned(
+            data, start, data.floor, covariance_type, iterations, tolerance, False, ranks
+        )
         if tolerance == 0:
-            mixture = updated
+            return updated, iterations, steps < 0
+        return updated, int(steps.max()), steps < iterations
+    state = start
+    done = torch.zeros(data.x.shape[:-2], dtype=torch.bool, device=data.x.device)
+    previous: Tensor | None = None
+    for count in range(1, iterations + 1):
+        updated, likelihood = _em_step(data, state, covariance_type, ranks)
+        if tolerance == 0:
+            state = updated
             continue
-        mixture = _where(done, mixture, updated)
+        state = _where(done, state, updated)
         if previous is not None:
             # NaN never converges, and the result shows it: there is nothing to wait for.
             change = (likelihood - previous).abs()
             done = done | (change < tolerance) | change.isnan()
             if bool(done.all()):
-                break
+                return state, count, done
         previous = likelihood
-    return mixture
+    return state, iterations, done
+
+
+def _axes_alone(covariance_type: CovarianceType, regularization: float) -> bool:
+    """Return whether EM by moments is meant for this: it is faster, and exact to the floor."""
+    return covariance_type in ("diag", "spherical") and regularization >= SMALLEST_FLOOR
+
+
+class PosteriorMoments(NamedTuple):
+    """What each component holds of the samples, in expectation over their posteriors."""
+
+    weights: Tensor
+    """Mass, `(*batch, K)`, of sum 1; of no meaning without samples."""
+    means: Tensor
+    """Mean, `(*batch, K, D)`."""
+    scatters: Tensor
+    """Mass times the mean squared distance from the mean, `(*batch, K)`."""
+
+
+def _axis_aligned(
+    data: Standardised,
+    state: Parameters,
+    floor: Tensor,
+    covariance_type: CovarianceType,
+    iterations: int,
+    tolerance: float,
+    posterior: bool,
+    ranks: Ranks,
+) -> tuple[Parameters, PosteriorMoments, Tensor]:
+    """Run EM by moments, whatever the batch: see :func:`axis_aligned_em`."""
+    weights, means, covariances = state
+    spherical = covariance_type == "spherical"
+    if spherical:
+        covariances = covariances.unsqueeze(-1).expand_as(means)
+    batch = means.shape[:-2]
+    flat = len(batch) != 1
+    problem = [data.x, data.mass, weights, means, covariances, floor]
+    if flat:
+        problem = [part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in problem]
+    fitted, held, steps = axis_aligned_em(
+        *problem,
+        iterations=iterations,
+        tolerance=tolerance,
+        spherical=spherical,
+        posterior=posterior,
+        group=ranks.group,
+    )
+    parts = [*fitted, *held, steps]
+    if flat:
+        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
+    weights, means, covariances = parts[:3]
+    if spherical:
+        covariances = covariances[..., 0]
+    return Parameters(weights, means, covariances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
 def _em_step(
-    x: Tensor, mass: Tensor, mixture: GaussianMixture, floor: Tensor, ranks: Ranks
-) -> tuple[GaussianMixture, Tensor]:
-    """Return the next mixture and the mean log-likelihood of this one.
+    data: Standardised, state: Parameters, covariance_type: CovarianceType, ranks: Ranks
+) -> tuple[Parameters, Tensor]:
+    """Return the next state and the mean log-likelihood of this one.
 
-    `floor` `(*batch, 1, 1)` is added to the variances. Deviations are taken from the new means:
-    E x^2 - mu^2 would lose the variance of a narrow component to rounding.
+    Deviations are taken from the new means: E x^2 - mu^2 would lose the variance of a narrow
+    component to rounding.
     """
-    log_joint = mixture._log_joint(x)
+    x, mass, floor = data.x, data.mass, data.floor
+    log_joint = _log_joint(x, state, covariance_type)
     responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
     with torch.no_grad():
         likelihood = (mass * log_joint.logsumexp(-1)).sum(-1)
@@ -633,39 +788,77 @@ def _em_step(
     )
     dead = weights <= torch.finfo(x.dtype).eps
     safe = torch.where(dead, 1.0, weights)
-    means = torch.where(dead.unsqueeze(-1), mixture.means, means / safe.unsqueeze(-1))
+    means = torch.where(dead.unsqueeze(-1), state.means, means / safe.unsqueeze(-1))
     total = weights.sum(-1, keepdim=True)
     absent = total == 0
-    weights = torch.where(absent, mixture.weights, weights / torch.where(absent, 1.0, total))
+    weights = torch.where(absent, state.weights, weights)
 
-    if mixture.covariance_type in ("diag", "spherical"):
+    if covariance_type in ("diag", "spherical"):
         deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
         (scatter,) = ranks.sum([(responsibilities.unsqueeze(-1) * deviation.square()).sum(-3)])
         covariances = scatter / safe.unsqueeze(-1) + floor
         dead = dead.unsqueeze(-1)
-        if mixture.covariance_type == "spherical":
+        if covariance_type == "spherical":
             covariances, dead = covariances.mean(-1), dead.squeeze(-1)
     else:
         deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
         scatter = (responsibilities.mT.unsqueeze(-1) * deviation).mT @ deviation
-        if mixture.covariance_type == "tied":
+        if covariance_type == "tied":
             scatter = scatter.sum(-3)
         (scatter,) = ranks.sum([scatter])
         diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        if mixture.covariance_type == "tied":
-            covariances = scatter / torch.where(absent, 1.0, total).unsqueeze(-1)
-            covariances = covariances + floor * diagonal
-            dead = absent.unsqueeze(-1)
+        if covariance_type == "tied":
+            covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
         else:
             covariances = scatter / safe[..., None, None] + floor.unsqueeze(-1) * diagonal
             dead = dead[..., None, None]
-    updated = replace(
-        mixture,
-        weights=weights,
-        means=means,
-        covariances=torch.where(dead, mixture.covariances, covariances),
-    )
-    return updated, likelihood.detach()
+    covariances = torch.where(dead, state.covariances, covariances)
+    return Parameters(weights, means, covariances), likelihood.detach()
+
+
+def fit_with_posterior(
+    data: Standardised,
+    start: Parameters,
+    covariance_type: CovarianceType,
+    iterations: int,
+    differentiate: Differentiate,
+    ranks: Ranks,
+) -> tuple[Parameters, PosteriorMoments]:
+    """Return the mixture after EM and the posterior moments under it, both standardised.
+
+    In one call where that is one pass: the moments are what a further step starts with.
+    """
+    if differentiate == "unroll" and _axes_alone(covariance_type, data.regularization):
+        fitted, held, _ = _axis_aligned(
+            data, start, data.floor, covariance_type, iterations, 0.0, True, ranks
+        )
+        return fitted, held
+    grad = torch.is_grad_enabled() and differentiate != "none"
+    with torch.set_grad_enabled(grad):
+        fitted = fit_standard(data, start, covariance_type, iterations, 0.0, differentiate, ranks)
+    return fitted, posterior_moments(data, fitted, covariance_type, ranks)
+
+
+def posterior_moments(
+    data: Standardised, state: Parameters, covariance_type: CovarianceType, ranks: Ranks
+) -> PosteriorMoments:
+    """Return the posterior moments of samples under a mixture, both standardised."""
+    if _axes_alone(covariance_type, data.regularization):
+        floor = torch.full_like(data.floor, _SMALLEST_VARIANCE)
+        _, held, _ = _axis_aligned(data, state, floor, covariance_type, 0, 0.0, True, ranks)
+        return held
+    joint = data.mass.unsqueeze(-1) * _log_joint(data.x, state, covariance_type).softmax(-1)
+    weights, means = ranks.sum([joint.sum(-2), joint.mT @ data.x])
+    means = means / torch.where(weights == 0, 1.0, weights).unsqueeze(-1)
+    (scatters,) = ranks.sum([(joint * squared_euclidean_cost(data.x, means)).sum(-2)])
+    return PosteriorMoments(weights, means, scatters)
+
+
+def moments_from_standard(held: PosteriorMoments, data: Standardised) -> PosteriorMoments:
+    """Return posterior moments in the units of the samples, in float64."""
+    weights, means, scatters = held
+    means = torch.addcmul(data.origin, data.scale, means)
+    return PosteriorMoments(weights, means, data.scale.square().squeeze(-1) * scatters)
 
 
 def _merge(
@@ -694,41 +887,46 @@ def _merge(
             spread = (weights[..., None, None] * spread).sum(-3)
     covariances = old.covariances + share * (new.covariances - old.covariances) + spread
     merged = replace(old, weights=weights, means=means, covariances=covariances)
-    return merged if present is None else _where(present, merged, old)
+    if present is None:
+        return merged
+    chosen = _where(present, parameters_of(merged), parameters_of(old))
+    return as_mixture(chosen, old.covariance_type)
 
 
-def _where(condition: Tensor, yes: GaussianMixture, no: GaussianMixture) -> GaussianMixture:
-    """Choose between two mixtures for each problem of the batch."""
-    chosen: dict[str, Tensor] = {}
-    for name in ("weights", "means", "covariances"):
-        a, b = getattr(yes, name), getattr(no, name)
-        shape = (*condition.shape, *[1] * (a.ndim - condition.ndim))
-        chosen[name] = torch.where(condition.reshape(shape), a, b)
-    return GaussianMixture(**chosen, covariance_type=yes.covariance_type)
-
-
-def _standardise(mixture: GaussianMixture, origin: Tensor, scale: Tensor) -> GaussianMixture:
-    """Express a mixture in the units (x - origin) / scale; both are `(*batch, 1, D or 1)`."""
-    return replace(
-        mixture,
-        means=(mixture.means - origin) / scale,
-        covariances=mixture.covariances / _square_like(scale, mixture),
+def _where(condition: Tensor, yes: Parameters, no: Parameters) -> Parameters:
+    """Choose between two states for each problem of the batch."""
+    return Parameters(
+        *(
+            torch.where(condition.reshape(*condition.shape, *[1] * (a.ndim - condition.ndim)), a, b)
+            for a, b in zip(yes, no, strict=True)
+        )
     )
 
 
-def _restore(mixture: GaussianMixture, origin: Tensor, scale: Tensor) -> GaussianMixture:
-    """Undo `_standardise`."""
-    return replace(
-        mixture,
-        means=origin + scale * mixture.means,
-        covariances=_square_like(scale, mixture) * mixture.covariances,
-    )
-
-
-def _square_like(scale: Tensor, mixture: GaussianMixture) -> Tensor:
-    """Return scale^2, `(*batch, 1, 1)`, in a shape that multiplies the covariances."""
-    batch = scale.shape[:-2]
-    return scale.square().reshape(*batch, *[1] * (mixture.covariances.ndim - len(batch)))
+def _log_joint(x: Tensor, state: Parameters, covariance_type: CovarianceType) -> Tensor:
+    """Return log pi_k + log N(x_n; mu_k, Sigma_k), `(*batch, N, K)`: Eq. 2 and 4."""
+    weights, means, covariances = state
+    dim = x.shape[-1]
+    if covariance_type == "spherical":
+        deviation = covariances.sqrt().unsqueeze(-2)
+        # Divided twice: the square of a variance may leave the range in the gradient.
+        distance = squared_euclidean_cost(x, means) / deviation / deviation
+        log_det = 2 * dim * deviation.log()
+    elif covariance_type == "diag":
+        deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
+        distance = (deviation / covariances.sqrt().unsqueeze(-3)).square().sum(-1)
+        log_det = covariances.log().sum(-1).unsqueeze(-2)
+    else:
+        whitening, log_det = _whiten(covariances)
+        if covariance_type == "tied":
+            distance = squared_euclidean_cost(x @ whitening.mT, means @ whitening.mT)
+            log_det = log_det[..., None, None]
+        else:
+            deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
+            distance = (deviation @ whitening.mT).square().sum(-1).mT
+            log_det = log_det.unsqueeze(-2)
+    log_density = -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
+    return log(weights).unsqueeze(-2) + log_density
 
 
 def _whiten(covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,31 @@ from multialign._validation import (
     check_positive,
     check_samples,
     full_precision,
+    take_rows,
 )
-from multialign.costs import bures_wasserstein_cost, squared_euclidean_cost
+from multialign.costs import bures_wasserstein_cost
 from multialign.mixture import (
     CovarianceType,
     Differentiate,
     GaussianMixture,
     GaussianPrototypes,
+    Parameters,
+    PosteriorMoments,
+    Standardised,
+    as_mixture,
     check_fit_options,
     check_momentum,
     choose_rows,
+    component_covariances,
     draw_means,
-    fit_gaussian_mixture,
-    start_mixture,
-    variance_floor,
-    variances,
+    fit_with_posterior,
+    from_standard,
+    moments_from_standard,
+    parameters_of,
+    posterior_moments,
+    standardise,
+    start_parameters,
+    to_standard,
 )
 from multialign.ops import Backend
 from multialign.transport.solution import TransportSolution
@@ -44,6 +54,8 @@ __all__ = ["PrototypeAlignment", "PrototypeAlignmentLoss", "prototype_alignment_
 Objective = Literal["transport", "regularized"]
 Matching = Literal["index", "plan"]
 CostReduction = Literal["sum", "mean"]
+
+_Fields = TypeVar("_Fields", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -76,24 +88,24 @@ class PrototypeAlignment:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """All options but `num_prototypes`, checked."""
+    """All options but `num_prototypes`, checked. Their defaults stand in the signatures."""
 
-    epsilon: float = 0.1
-    covariance_type: CovarianceType = "diag"
-    em_iterations: int = 10
-    regularization: float = 1e-6
-    differentiate: Differentiate = "unroll"
-    objective: Objective = "transport"
-    matching: Matching = "index"
-    cost_reduction: CostReduction = "sum"
-    transport_weight: float = 1.0
-    prototype_weight: float = 1.0
-    tolerance: float | None = None
-    max_iterations: int = 2000
-    method: Method = "auto"
-    backend: Backend = "auto"
-    generator: torch.Generator | None = None
-    process_group: ProcessGroup | None = None
+    epsilon: float
+    covariance_type: CovarianceType
+    em_iterations: int
+    regularization: float
+    differentiate: Differentiate
+    objective: Objective
+    matching: Matching
+    cost_reduction: CostReduction
+    transport_weight: float
+    prototype_weight: float
+    tolerance: float | None
+    max_iterations: int
+    method: Method
+    backend: Backend
+    generator: torch.Generator | None
+    process_group: ProcessGroup | None
 
     def __post_init__(self) -> None:
         check_positive("epsilon", self.epsilon)
@@ -219,7 +231,7 @@ def prototype_alignment_loss(
     samples = _check_samples(features, weights, ranks)
     counts = _counts(num_prototypes, len(samples.features), matching)
     with full_precision(samples.features[0]):
-        return _align(samples, _fit(samples, counts, options, ranks), options, ranks).loss
+        return _loss(_fit(samples, counts, options, ranks), options)
 
 
 class PrototypeAlignmentLoss(nn.Module):
@@ -323,7 +335,9 @@ class PrototypeAlignmentLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Return the loss of M feature sets."""
-        return self.solve(features, weights).loss
+        samples, counts, ranks = self._check(features, weights)
+        with full_precision(samples.features[0]):
+            return _loss(self._fit(samples, counts, ranks), self.options)
 
     def solve(
         self,
@@ -332,23 +346,43 @@ class PrototypeAlignmentLoss(nn.Module):
     ) -> PrototypeAlignment:
         """Return the loss of M feature sets with all its parts."""
         options = self.options
-        ranks = Ranks(options.process_group)
-        samples = _check_samples(features, weights, ranks)
-        counts = _counts(self.num_prototypes, len(samples.features), options.matching)
-        models = self._models(counts)
-        starts = [model.running for model in models]
+        samples, counts, ranks = self._check(features, weights)
         with full_precision(samples.features[0]):
-            if not self.training and all(start is not None for start in starts):
-                mixtures = [start for start in starts if start is not None]
-            else:
-                mixtures = _fit(samples, counts, options, ranks, starts)
-                mixtures = [
-                    model.remember(mixture, present != 0)
-                    for model, mixture, present in zip(
-                        models, mixtures, samples.present, strict=True
-                    )
-                ]
-            return _align(samples, mixtures, options, ranks)
+            fit = self._fit(samples, counts, ranks)
+            solution = _solve(fit, options)
+            transport_loss = _transport_loss(solution, options)
+            prototype_loss = _prototype_loss(fit, solution, options)
+            return PrototypeAlignment(
+                loss=options.transport_weight * transport_loss
+                + options.prototype_weight * prototype_loss,
+                transport_loss=transport_loss,
+                prototype_loss=prototype_loss,
+                mixtures=[as_mixture(part, options.covariance_type) for part in fit.parameters],
+                solution=solution,
+            )
+
+    def _check(self, features: object, weights: object) -> tuple[Samples, list[int], Ranks]:
+        ranks = Ranks(self.options.process_group)
+        samples = _check_samples(features, weights, ranks)
+        counts = _counts(self.num_prototypes, len(samples.features), self.options.matching)
+        return samples, counts, ranks
+
+    def _fit(self, samples: Samples, counts: list[int], ranks: Ranks) -> _Fit:
+        options = self.options
+        models = self._models(counts)
+        if self.momentum is None:
+            return _fit(samples, counts, options, ranks)
+        starts = [None if m.running is None else parameters_of(m.running) for m in models]
+        if not self.training and all(start is not None for start in starts):
+            data = _standardise(samples, counts, options, ranks)
+            known = [start for start in starts if start is not None]
+            return _known(samples, data, known, options, ranks)
+        fit = _fit(samples, counts, options, ranks, starts)
+        merged = [
+            model.remember(as_mixture(batch, options.covariance_type), present != 0)
+            for model, batch, present in zip(models, fit.parameters, samples.present, strict=True)
+        ]
+        return _known(samples, fit.data, [parameters_of(m) for m in merged], options, ranks)
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -365,7 +399,8 @@ class PrototypeAlignmentLoss(nn.Module):
         if len(self.prototypes) == 0:
             self.prototypes.extend(self._model(count) for count in counts)
         # A first call in eval mode, as Lightning's sanity check makes, must not leave them in it.
-        self.prototypes.train(self.training)
+        if any(model.training != self.training for model in self.prototypes):
+            self.prototypes.train(self.training)
         if len(self.prototypes) != len(counts):
             raise ValueError(
                 f"features must have the {len(self.prototypes)} modalities whose prototypes are "
@@ -405,64 +440,108 @@ def _check_samples(features: object, weights: object, ranks: Ranks) -> Samples:
     return samples._replace(masses=masses, present=present)
 
 
+class _Fit(NamedTuple):
+    """Samples of M modalities and a mixture for each."""
+
+    samples: Samples
+    data: list[Standardised]
+    """The samples in their own units: one for all modalities side by side, or one for each."""
+    parameters: list[Parameters]
+    """M, in the units of the samples."""
+    moments: list[PosteriorMoments]
+    """Of the samples under these mixtures, standardised, in the order of `data`."""
+
+    complete: bool
+    """Whether it is known without a look that no modality is absent."""
+
+
 def _fit(
     samples: Samples,
     counts: Sequence[int],
     options: _Options,
     ranks: Ranks,
-    starts: Sequence[GaussianMixture | None] | None = None,
-) -> list[GaussianMixture]:
+    starts: Sequence[Parameters | None] | None = None,
+) -> _Fit:
     """Fit a mixture to each modality, from `starts` where there are any."""
-    if starts is None:
-        starts = [None] * len(counts)
-    if any(start is None for start in starts):
-        seeds = _seeds(samples, counts, options, ranks)
-        starts = [
-            seed if start is None else start for seed, start in zip(seeds, starts, strict=True)
-        ]
-
-    def fit(x: Tensor, mass: Tensor, count: int, start: GaussianMixture) -> GaussianMixture:
-        return fit_gaussian_mixture(
-            x,
-            count,
-            covariance_type=options.covariance_type,
-            weights=mass,
-            init=start,
-            iterations=options.em_iterations,
-            tolerance=0.0,
-            regularization=options.regularization,
-            differentiate=options.differentiate,
-            process_group=options.process_group,
+    data = _standardise(samples, counts, options, ranks)
+    dtype = samples.features[0].dtype
+    grad = torch.is_grad_enabled() and options.differentiate != "none"
+    with torch.set_grad_enabled(grad):
+        if starts is None or any(start is None for start in starts):
+            begin = _seeds(samples, data, counts, options, ranks)
+        if starts is not None and any(start is not None for start in starts):
+            if any(start is None for start in starts):
+                seeds = _unstack(
+                    [from_standard(s, d, dtype) for s, d in zip(begin, data, strict=True)]
+                )
+                starts = [
+                    s if start is None else start for s, start in zip(seeds, starts, strict=True)
+                ]
+            known = [start for start in starts if start is not None]
+            begin = [to_standard(s, d) for s, d in zip(_stack(known, data), data, strict=True)]
+    fitted, held = [], []
+    for own, start in zip(data, begin, strict=True):
+        mixture, moments = fit_with_posterior(
+            own,
+            start,
+            options.covariance_type,
+            options.em_iterations,
+            options.differentiate,
+            ranks,
         )
+        fitted.append(from_standard(mixture, own, dtype))
+        held.append(moments)
+    return _Fit(samples, data, _unstack(fitted), held, _complete(samples, ranks))
 
-    begin = [start for start in starts if start is not None]
+
+def _known(
+    samples: Samples,
+    data: list[Standardised],
+    parameters: list[Parameters],
+    options: _Options,
+    ranks: Ranks,
+) -> _Fit:
+    """Return given mixtures with the posterior moments of the samples under them."""
+    held = [
+        posterior_moments(own, to_standard(part, own), options.covariance_type, ranks)
+        for part, own in zip(_stack(parameters, data), data, strict=True)
+    ]
+    return _Fit(samples, data, parameters, held, _complete(samples, ranks))
+
+
+def _complete(samples: Samples, ranks: Ranks) -> bool:
+    sizes = [x.shape[-2] for x in samples.features]
+    return not samples.weighted and ranks.group is None and min(sizes) > 0
+
+
+def _standardise(
+    samples: Samples, counts: Sequence[int], options: _Options, ranks: Ranks
+) -> list[Standardised]:
+    """Return the samples in their own units; modalities of equal size as one batch of problems."""
     sizes = {x.shape[-2] for x in samples.features}
+    # Over ranks all are, since sizes may be equal on one and not on another.
     if len(set(counts)) == 1 and (len(sizes) == 1 or ranks.group is not None):
-        # Modalities of equal size are one batch of problems. Over ranks all must be, since sizes
-        # may be equal on one and not on another.
         if len(sizes) > 1:
             samples = _pad(samples, max(sizes))
-        fields = {
-            name: torch.stack([getattr(start, name) for start in begin])
-            for name in ("weights", "means", "covariances")
-        }
-        start = GaussianMixture(**fields, covariance_type=options.covariance_type)
-        joint = fit(torch.stack(samples.features), torch.stack(samples.masses), counts[0], start)
-        return [
-            GaussianMixture(
-                weights=joint.weights[m],
-                means=joint.means[m],
-                covariances=joint.covariances[m],
-                covariance_type=options.covariance_type,
-            )
-            for m in range(len(counts))
-        ]
-    return [
-        fit(x, mass, count, start)
-        for x, mass, count, start in zip(
-            samples.features, samples.masses, counts, begin, strict=True
-        )
-    ]
+        features, masses = torch.stack(samples.features), torch.stack(samples.masses)
+        samples = samples._replace(features=[features], masses=[masses])
+    return standardise(samples, options.regularization, ranks)
+
+
+def _stack(parameters: Sequence[Parameters], data: Sequence[Standardised]) -> list[Parameters]:
+    """Arrange the parameters of M modalities as the data are."""
+    if len(data) > 1:
+        return list(parameters)
+    return [Parameters(*(torch.stack(field) for field in zip(*parameters, strict=True)))]
+
+
+def _unstack(parameters: Sequence[_Fields]) -> list[_Fields]:
+    """Undo `_stack`, for any tuple of tensors."""
+    if len(parameters) > 1:
+        return list(parameters)
+    kind = type(parameters[0])
+    fields = (field.unbind(0) for field in parameters[0])
+    return [kind(*one) for one in zip(*fields, strict=True)]
 
 
 def _pad(samples: Samples, count: int) -> Samples:
@@ -473,24 +552,37 @@ def _pad(samples: Samples, count: int) -> Samples:
             functional.pad(x, (0, 0, 0, n)) for x, n in zip(samples.features, missing, strict=True)
         ],
         masses=[functional.pad(x, (0, n)) for x, n in zip(samples.masses, missing, strict=True)],
+        weighted=True,
     )
 
 
 def _seeds(
-    samples: Samples, counts: Sequence[int], options: _Options, ranks: Ranks
-) -> list[GaussianMixture]:
-    """Return a mixture to start from for each modality, from k-means++ rows."""
+    samples: Samples,
+    data: Sequence[Standardised],
+    counts: Sequence[int],
+    options: _Options,
+    ranks: Ranks,
+) -> list[Parameters]:
+    """Return parameters to start from, from k-means++ rows, in the units and order of `data`."""
 
     def choose(samples: Samples) -> list[Tensor]:
         return _choose_rows(samples, counts, options.generator)
 
-    means = draw_means(samples, counts, choose, ranks)
-    spreads = variances(samples.features, samples.masses, ranks)
+    if len(data) == 1:
+        sizes = [x.shape[-2] for x in samples.features]
+        features = [x[..., :size, :] for x, size in zip(data[0].x.unbind(0), sizes, strict=True)]
+    else:
+        features = [own.x for own in data]
+    standard = samples._replace(features=features)
+    if len(data) == 1 and ranks.group is None and features[0].shape[-2] > 0:
+        means = [take_rows(data[0].x, torch.stack(choose(standard)))]
+    else:
+        means = draw_means(standard, counts, choose, ranks)
+        if len(data) == 1:
+            means = [torch.stack(means)]
     return [
-        start_mixture(
-            mean, spread, variance_floor(spread, options.regularization), options.covariance_type
-        )
-        for mean, spread in zip(means, spreads, strict=True)
+        start_parameters(mean, own, options.covariance_type)
+        for mean, own in zip(means, data, strict=True)
     ]
 
 
@@ -507,103 +599,125 @@ def _choose_rows(
             choose(x, mass, count)
             for x, mass, count in zip(samples.features, samples.masses, counts, strict=True)
         ]
-    joint, mass = _joint_samples(samples)
-    paired = choose(joint, mass, max(counts))
+    # Standardised, all modalities have the same spread, and count alike.
+    paired = choose(torch.cat(samples.features, -1), _joint_mass(samples), max(counts))
     chosen = [paired[..., :count] for count in counts]
     if samples.weighted:
         # Where no row is complete there is nothing to pair.
         own = choose(torch.stack(samples.features), torch.stack(samples.masses), max(counts))
-        complete = mass.sum(-1, keepdim=True) > 0
+        complete = _joint_mass(samples).sum(-1, keepdim=True) > 0
         chosen = [
             torch.where(complete, rows, own[m, ..., : counts[m]]) for m, rows in enumerate(chosen)
         ]
     return chosen
 
 
-@torch.no_grad()
-def _joint_samples(samples: Samples) -> tuple[Tensor, Tensor]:
-    """Return all modalities' features side by side, and the weights of the complete rows.
-
-    Each modality is scaled to the same spread. One that is absent altogether does not count.
-    """
-    parts, mass = [], torch.ones_like(samples.masses[0])
-    for x, own, present in zip(samples.features, samples.masses, samples.present, strict=True):
-        mean = (own.unsqueeze(-1) * x).sum(-2, keepdim=True)
-        deviation = x - mean
-        variance = (own.unsqueeze(-1) * deviation.square()).sum((-2, -1), keepdim=True)
-        parts.append(deviation / torch.where(variance == 0, 1.0, variance).sqrt())
+def _joint_mass(samples: Samples) -> Tensor:
+    """Return the weights of the complete rows; a modality absent altogether does not count."""
+    if not samples.weighted:
+        return samples.masses[0]
+    joint = torch.ones_like(samples.masses[0])
+    for mass, present in zip(samples.masses, samples.present, strict=True):
         # Relative to the largest weight: a product of many masses 1/N would leave the range.
-        share = own / own.amax(-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
-        mass = mass * torch.where(present.unsqueeze(-1) == 0, 1.0, share)
-    return torch.cat(parts, -1), mass
+        share = mass / mass.amax(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        joint = joint * torch.where(present.unsqueeze(-1) == 0, 1.0, share)
+    return joint.detach()
 
 
-def _align(
-    samples: Samples, mixtures: list[GaussianMixture], options: _Options, ranks: Ranks
-) -> PrototypeAlignment:
-    """Return Eq. 9 and its parts for given mixtures."""
-    scale = 1 / samples.features[0].shape[-1] if options.cost_reduction == "mean" else 1.0
-    costs = {}
-    for i, j in combinations(range(len(mixtures)), 2):
-        a, b = mixtures[i], mixtures[j]
-        costs[(i, j)] = scale * bures_wasserstein_cost(
-            a.means, a.component_covariances(), b.means, b.component_covariances()
+def _loss(fit: _Fit, options: _Options) -> Tensor:
+    """Return Eq. 9; what has weight 0 is not computed."""
+    by_plan = options.matching == "plan" and options.prototype_weight > 0
+    solution = _solve(fit, options) if options.transport_weight > 0 or by_plan else None
+    terms = []
+    if solution is not None and options.transport_weight > 0:
+        terms.append(options.transport_weight * _transport_loss(solution, options))
+    if options.prototype_weight > 0 or not terms:
+        terms.append(options.prototype_weight * _prototype_loss(fit, solution, options))
+    return sum(terms[1:], start=terms[0])
+
+
+def _solve(fit: _Fit, options: _Options) -> TransportSolution:
+    """Return the transport between the components."""
+    pairs = list(combinations(range(len(fit.parameters)), 2))
+    costs: dict[tuple[int, int], Tensor] = {}
+    for group in _alike(pairs, fit.parameters):
+        tables = bures_wasserstein_cost(
+            *(field for side in (0, 1) for field in _gaussians(group, side, fit, options))
         )
-    solution = multi_marginal_sinkhorn(
+        if options.cost_reduction == "mean":
+            tables = tables / fit.samples.features[0].shape[-1]
+        costs |= zip(group, tables.unbind(0), strict=True)
+    marginals = [weights for weights, _, _ in fit.parameters]
+    if not fit.complete:
+        marginals = [
+            weights * present.unsqueeze(-1)
+            for weights, present in zip(marginals, fit.samples.present, strict=True)
+        ]
+    return multi_marginal_sinkhorn(
         costs,
-        [
-            mixture.weights * present.unsqueeze(-1)
-            for mixture, present in zip(mixtures, samples.present, strict=True)
-        ],
+        marginals,
         options.epsilon,
         tolerance=options.tolerance,
         max_iterations=options.max_iterations,
         method=options.method,
         backend=options.backend,
     )
-    transport = solution.value if options.objective == "regularized" else solution.transport_cost
-    transport_loss = transport.mean()
-    calibration = _calibration(samples, mixtures, solution, options.matching, ranks)
-    prototype_loss = scale * calibration.mean()
-    return PrototypeAlignment(
-        loss=options.transport_weight * transport_loss + options.prototype_weight * prototype_loss,
-        transport_loss=transport_loss,
-        prototype_loss=prototype_loss,
-        mixtures=mixtures,
-        solution=solution,
+
+
+def _gaussians(
+    group: Sequence[tuple[int, int]], side: int, fit: _Fit, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Return means and covariances of one side of each pair, stacked."""
+    parts = [fit.parameters[pair[side]] for pair in group]
+    stacked = Parameters(*(torch.stack(field) for field in zip(*parts, strict=True)))
+    return stacked.means, component_covariances(stacked, options.covariance_type)
+
+
+def _alike(
+    pairs: list[tuple[int, int]], parameters: Sequence[Parameters]
+) -> list[list[tuple[int, int]]]:
+    """Group the pairs by what can be computed in one call: all, if all have the same K."""
+    if len({weights.shape[-1] for weights, _, _ in parameters}) == 1:
+        return [pairs]
+    return [[pair] for pair in pairs]
+
+
+def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:
+    """Return the first term of Eq. 9."""
+    regularized = options.objective == "regularized"
+    return (solution.value if regularized else solution.transport_cost).mean()
+
+
+def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Options) -> Tensor:
+    """Return the second term of Eq. 9, the mean over ordered pairs of modalities.
+
+    The mean squared distance of a component's samples from a point is that from their own mean,
+    plus that of the mean from the point: all sums over samples are taken once for all pairs.
+    """
+    parameters, samples = fit.parameters, fit.samples
+    pairs = list(permutations(range(len(parameters)), 2))
+    moments = _unstack(
+        [moments_from_standard(held, own) for held, own in zip(fit.moments, fit.data, strict=True)]
     )
-
-
-def _calibration(
-    samples: Samples,
-    mixtures: Sequence[GaussianMixture],
-    solution: TransportSolution,
-    matching: Matching,
-    ranks: Ranks,
-) -> Tensor:
-    """Return the second term of Eq. 9, the mean over ordered pairs of modalities, `(*batch)`."""
-    count = len(mixtures)
-    pairs = list(permutations(range(count), 2))
-    posteriors = [
-        mass.unsqueeze(-1) * mixture.posterior(x)
-        for x, mass, mixture in zip(samples.features, samples.masses, mixtures, strict=True)
-    ]
-    plans = {}
-    if matching == "plan":
-        for i, j in combinations(range(count), 2):
-            plans[(i, j)] = solution.pairwise_marginal(i, j)
-            plans[(j, i)] = plans[(i, j)].mT
     terms = []
-    for i, j in pairs:
-        targets = mixtures[j].means
-        if matching == "plan":
-            targets = _barycentres(plans[(i, j)], targets)
-        distance = squared_euclidean_cost(samples.features[i], targets)
-        terms.append((posteriors[i] * distance).sum((-2, -1)))
-    total = torch.zeros_like(samples.present[0])
-    for (i, j), term in zip(pairs, ranks.sum(terms), strict=True):
-        total = total + samples.present[i] * samples.present[j] * term
-    return total / len(pairs)
+    for group in _alike(pairs, parameters):
+        weights, means, scatters = (
+            torch.stack([moments[i][field] for i, _ in group]) for field in range(3)
+        )
+        targets = torch.stack([parameters[j].means for _, j in group]).double()
+        if options.matching == "plan" and solution is not None:
+            plans = [solution.pairwise_marginal(i, j) for i, j in group]
+            targets = _barycentres(torch.stack(plans).double(), targets)
+        distances = (means - targets).square().sum(-1)
+        term = torch.addcmul(scatters, weights, distances).sum(-1)
+        if not fit.complete:
+            both = [samples.present[i] * samples.present[j] for i, j in group]
+            term = torch.stack(both) * term
+        terms.append(term.sum(0))
+    total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
+    if options.cost_reduction == "mean":
+        total = total / samples.features[0].shape[-1]
+    return total.to(samples.features[0].dtype)
 
 
 def _barycentres(plan: Tensor, means: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.autograd import gradcheck
@@ -99,6 +101,46 @@ def test_fit_follows_sklearn_step_by_step(covariance_type):
         )
 
 
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_held_out_likelihood_is_that_of_sklearn(covariance_type, dtype):
+    """On handwritten digits, from the same responsibilities."""
+    digits = torch.tensor(load_digits().data)
+    # Pixels that are nearly always blank have densities without bound, whoever fits them.
+    digits = digits[:, digits.var(0) > 1.0]
+    train, test = digits[::2], digits[1::2]
+    responsibilities = (4 * torch.randn(len(train), 5)).softmax(-1)
+    weights = responsibilities.mean(0)
+    means = responsibilities.T @ train / responsibilities.sum(0).unsqueeze(-1)
+    deviation = train - means.unsqueeze(1)
+    floor = 1e-3 * train.var(0, correction=0).mean()
+    full = torch.einsum("nk,kni,knj->kij", responsibilities, deviation, deviation)
+    full = full / responsibilities.sum(0)[:, None, None] + floor * torch.eye(train.shape[1])
+    diagonal = full.diagonal(dim1=-2, dim2=-1)
+    start = GaussianMixture(
+        weights=weights,
+        means=means,
+        covariances={
+            "full": full,
+            "tied": torch.einsum("k,kij->ij", weights, full),
+            "diag": diagonal,
+            "spherical": diagonal.mean(-1),
+        }[covariance_type],
+        covariance_type=covariance_type,
+    )
+    theirs = SklearnMixture(**to_sklearn(start), reg_covar=float(floor)).fit(train.numpy())
+    fields = ("weights", "means", "covariances")
+    ours = fit_gaussian_mixture(
+        train.to(dtype),
+        5,
+        covariance_type=covariance_type,
+        init=replace(start, **{name: getattr(start, name).to(dtype) for name in fields}),
+        regularization=1e-3,
+    )
+    likelihood = ours.log_prob(test.to(dtype)).mean().item()
+    assert likelihood == pytest.approx(theirs.score(test.numpy()), rel=1e-3)
+
+
 def test_stops_where_sklearn_stops():
     x = random_mixture(2, 2, "diag").sample(200)
     start = random_mixture(2, 2, "diag")
@@ -169,6 +211,55 @@ def test_last_differentiates_one_step_from_a_constant_state():
     grads = torch.autograd.grad(last.means.square().sum(), (x, weights))
     expected = torch.autograd.grad(one.means.square().sum(), (x, weights))
     torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_last_is_the_implicit_derivative_at_convergence(covariance_type):
+    """Against the linear system of the implicit function theorem, and finite differences."""
+    options = {"covariance_type": covariance_type, "regularization": 1e-3}
+    # Overlapping clusters, where EM converges slowly and one step is far from the derivative.
+    x = torch.randn(16, 2) + torch.tensor([[0.0, 0.0], [2.5, 1.0]]).repeat(8, 1)
+    start = random_mixture(2, 2, covariance_type)
+
+    def fit(x, init, **more):
+        return fit_gaussian_mixture(x, 2, init=init, **options, **more)
+
+    def flat(mixture):
+        parts = (mixture.weights, mixture.means, mixture.covariances)
+        return torch.cat([part.flatten() for part in parts])
+
+    fixed = fit(x, start, iterations=5000, tolerance=1e-15, differentiate="none")
+    shapes = [part.shape for part in (fixed.weights, fixed.means, fixed.covariances)]
+
+    def step(theta, x):
+        parts = theta.split([shape.numel() for shape in shapes])
+        weights, means, covariances = (p.view(shape) for p, shape in zip(parts, shapes))
+        mixture = GaussianMixture(
+            weights=weights, means=means, covariances=covariances, covariance_type=covariance_type
+        )
+        return flat(fit(x, mixture, iterations=1, tolerance=0.0))
+
+    theta = flat(fixed)
+    torch.testing.assert_close(step(theta, x), theta, rtol=1e-7, atol=1e-8)
+    direction = torch.randn_like(theta)
+    by_theta, by_x = torch.autograd.functional.jacobian(step, (theta, x))
+    adjoint = torch.linalg.solve(torch.eye(len(theta)) - by_theta.T, direction)
+    expected = torch.einsum("p,pnd->nd", adjoint, by_x)
+
+    x.requires_grad_()
+    last = fit(x, start, iterations=5000, tolerance=1e-15, differentiate="last")
+    (grad,) = torch.autograd.grad(flat(last) @ direction, x)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+    (one,) = torch.autograd.grad(step(theta, x) @ direction, x)
+    assert (one - expected).norm() > 0.02 * expected.norm()
+
+    move = torch.randn_like(x)
+    with torch.no_grad():
+        ends = [
+            flat(fit(x + h * move, fixed, iterations=5000, tolerance=1e-15)) for h in (-1e-5, 1e-5)
+        ]
+    slope = (ends[1] - ends[0]) @ direction / 2e-5
+    torch.testing.assert_close((grad * move).sum(), slope, rtol=1e-3, atol=1e-4)
 
 
 def test_none_carries_no_gradient():

@@ -1,13 +1,17 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.autograd import gradcheck
 
 from multialign import PrototypeAlignmentLoss, prototype_alignment_loss
 from tests import reference
-from tests.test_mixture import TYPES, dense_covariances
+from tests.test_mixture import DEGENERATE, TYPES, dense_covariances
 
 
 def features(sizes, dim=3):
@@ -52,6 +56,106 @@ def test_matches_oracle(sizes, covariance_type, reduction, matching, objective):
     )
     torch.testing.assert_close(parts.loss.item(), expected, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(0.7 * parts.transport_loss + 1.3 * parts.prototype_loss, parts.loss)
+
+
+def oracle_em(x, start, covariance_type, iterations, regularization):
+    """EM in numpy around scikit-learn's E-step; returns weights, means and full covariances."""
+    weights, means, covariances = start
+    dim = x.shape[1]
+    floor = regularization * x.var(0).mean()
+    for _ in range(iterations):
+        joint = oracle_posterior(x, weights, means, covariances)
+        weights = joint.mean(0)
+        means = joint.T @ x / joint.sum(0)[:, None]
+        covariances = np.stack(
+            [np.cov(x, rowvar=False, bias=True, aweights=r) + floor * np.eye(dim) for r in joint.T]
+        )
+        if covariance_type == "tied":
+            covariances[:] = np.einsum("k,kij->ij", weights, covariances)
+        elif covariance_type == "diag":
+            covariances = covariances * np.eye(dim)
+        elif covariance_type == "spherical":
+            covariances = np.trace(covariances, axis1=1, axis2=2)[:, None, None] / dim * np.eye(dim)
+    return weights, means, covariances
+
+
+def oracle_posterior(x, weights, means, covariances):
+    model = SklearnMixture(len(weights), covariance_type="full")
+    model.weights_, model.means_, model.covariances_ = weights, means, covariances
+    model.precisions_cholesky_ = np.stack(
+        [np.linalg.inv(np.linalg.cholesky(c)).T for c in covariances]
+    )
+    return model.predict_proba(x)
+
+
+def oracle_loss(features, starts, covariance_type, objective, matching):
+    """Eq. 9 from given starts: scikit-learn's E-step, scipy's sqrtm, the dense plan."""
+    mixtures = [oracle_em(x, start, covariance_type, 2, 1e-2) for x, start in zip(features, starts)]
+    count = len(features)
+    costs = {}
+    for i, j in itertools.combinations(range(count), 2):
+        costs[i, j] = np.array(
+            [
+                [
+                    ((m - n) ** 2).sum() + np.trace(a + b - 2 * sqrtm(sqrtm(a) @ b @ sqrtm(a))).real
+                    for n, b in zip(*mixtures[j][1:])
+                ]
+                for m, a in zip(*mixtures[i][1:])
+            ]
+        )
+    marginals = [weights for weights, _, _ in mixtures]
+    cost = reference.dense_cost(costs, [len(w) for w in marginals])
+    plan = reference.transport_plan(cost, marginals, 2.0)
+    if objective == "regularized":
+        total = reference.transport_value(plan, cost, 2.0)
+    else:
+        total = (plan * cost).sum()
+    for i, j in itertools.permutations(range(count), 2):
+        targets = mixtures[j][1]
+        if matching == "plan":
+            table = plan.sum(tuple(q for q in range(count) if q not in (i, j)))
+            table = table if i < j else table.T
+            targets = table / table.sum(1, keepdims=True) @ targets
+        posterior = oracle_posterior(features[i], *mixtures[i])
+        squares = cdist(features[i], targets, "sqeuclidean")
+        total += (posterior * squares).sum(1).mean() / (count * (count - 1))
+    return total
+
+
+@pytest.mark.parametrize("objective", ["transport", "regularized"])
+@pytest.mark.parametrize("matching", ["index", "plan"])
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_loss_and_gradient_match_an_oracle_from_known_starts(covariance_type, matching, objective):
+    options = {"covariance_type": covariance_type, "matching": matching, "objective": objective}
+    module = PrototypeAlignmentLoss(
+        2,
+        epsilon=2.0,
+        momentum=1.0,  # forgets the past but starts there
+        em_iterations=2,
+        regularization=1e-2,
+        **seeded(**options),
+    )
+    module(features((15, 15, 15), dim=2))
+    starts = [
+        (m.weights.numpy(), m.means.numpy(), dense_covariances(m).numpy())
+        for m in (model.running for model in module.prototypes)
+    ]
+    x = [f.requires_grad_() for f in features((15, 12, 9), dim=2)]
+    loss = module(x)
+    grads = torch.autograd.grad(loss, x)
+
+    def oracle(move=0.0):
+        moved = [(f.detach() + move * d).numpy() for f, d in zip(x, directions)]
+        return oracle_loss(moved, starts, covariance_type, objective, matching)
+
+    directions = [torch.randn_like(f) for f in x]
+    torch.testing.assert_close(loss.item(), oracle(), rtol=1e-8, atol=1e-9)
+    for m in range(len(x)):
+        directions = [torch.randn_like(f) * (m == n) for n, f in enumerate(x)]
+        slope = (oracle(1e-5) - oracle(-1e-5)) / 2e-5
+        torch.testing.assert_close(
+            (grads[m] * directions[m]).sum().item(), slope, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_function_and_module_agree():
@@ -157,6 +261,64 @@ def test_symmetric_in_modalities_and_samples(permuted):
         [f[rows] for f in x], num_prototypes=2, em_iterations=60, **seeded(epsilon=1.0)
     )
     torch.testing.assert_close(shuffled, loss)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+@pytest.mark.parametrize("matching", ["index", "plan"])
+def test_the_order_of_the_batch_does_not_matter(matching, momentum):
+    """After few steps too, which keep more of where they started."""
+    x, rows = features((20, 20, 20)), torch.randperm(20)
+    losses = []
+    for batch in (x, [f[rows] for f in x]):
+        module = PrototypeAlignmentLoss(
+            4, em_iterations=2, matching=matching, momentum=momentum, **seeded(epsilon=1.0)
+        )
+        losses.append(module(batch))
+        if momentum is not None:
+            losses[-1] = losses[-1] + module([f.flip(0) for f in batch])  # a warm start
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_samples(case, covariance_type):
+    """Also with a modality whose components lie elsewhere and stay without samples."""
+    x = DEGENERATE[case].double()
+    scale = x.abs().max()
+    far = x / scale + torch.tensor([100.0, 0.0])
+    module = PrototypeAlignmentLoss(
+        4, momentum=0.5, covariance_type=covariance_type, epsilon=0.5, tolerance=1e-6
+    )
+    for pair in ([x / scale, far], [far, x / scale]):
+        pair = [f.clone().requires_grad_() for f in pair]
+        loss = module(pair)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(f.grad.isfinite().all() for f in pair)
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_what_has_no_weight_is_not_computed(monkeypatch):
+    x = [f.requires_grad_() for f in features((8, 8))]
+    both = PrototypeAlignmentLoss(2, **seeded()).solve(x)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("solved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multialign.prototypes.multi_marginal_sinkhorn", refuse)
+        module = PrototypeAlignmentLoss(2, transport_weight=0.0, **seeded())
+        torch.testing.assert_close(module(x), both.prototype_loss)
+        with pytest.raises(AssertionError, match="solved"):
+            module.solve(x)
+        with pytest.raises(AssertionError, match="solved"):
+            PrototypeAlignmentLoss(2, transport_weight=0.0, matching="plan")(x)
+        # Nothing at all is left, but a gradient, so that no rank waits for another.
+        nothing = PrototypeAlignmentLoss(2, transport_weight=0.0, prototype_weight=0.0)(x)
+        assert nothing == 0
+        nothing.backward()
+    module = PrototypeAlignmentLoss(2, prototype_weight=0.0, **seeded())
+    torch.testing.assert_close(module(x), both.transport_loss)
 
 
 def test_missing_modality_is_out():

@@ -1,0 +1,417 @@
+"""Expectation-maximisation for Gaussians along the axes, by moments, its derivative written out.
+
+The log-density of component k is linear in the features z(x) = (-x^2 / 2, x) of a sample,
+
+    log pi_k + log N(x; mu_k, diag v_k) = c_k + a_k . z(x) + constant,
+    a_k = (1 / v_k, mu_k / v_k),   c_k = log pi_k - sum_d (log v_kd + mu_kd^2 / v_kd) / 2,
+
+and all that the M-step needs are the moments of each component, which are the means of z(x) under
+its posterior. So a step is two products of matrices, and nothing of N K D entries is made.
+
+The variance E x^2 - mu^2 is a small difference where a component is narrow and far from the origin.
+Hence float64, samples in units of their own spread, measured from one of themselves, and a floor of
+at least `SMALLEST_FLOOR`. Since pi_k mu_k^2 is at most about D, the sum of the variances, rounding
+changes a variance by a part of about eps D / (pi_k floor) at worst.
+
+The derivative of all steps is one pass back over the weights and moments that the steps went
+through, which are all that is kept: the posteriors are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multialign._distributed import ProcessGroup, Ranks
+
+__all__ = ["SMALLEST_FLOOR", "axis_aligned_em"]
+
+SMALLEST_FLOOR = 1e-7
+# A component that no sample belongs to stays where it is, as if this much mass held it there.
+_INERTIA = 1e-30
+# How many posteriors are computed again at once, going back.
+_BLOCK_ENTRIES = 2**20
+
+
+def axis_aligned_em(
+    x: Tensor,
+    mass: Tensor,
+    weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    floor: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = 0.0,
+    spherical: bool = False,
+    posterior: bool = False,
+    group: ProcessGroup | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return a mixture after EM, what its components hold, and each problem's number of steps.
+
+    First derivatives only. All tensors are float64.
+
+    Args:
+        x: `(B, N, D)`, of about unit variance, near the origin.
+        mass: `(B, N)`, which sum to 1, or to 0 for a problem without samples, which stays as it is.
+        weights: `(B, K)`, of the mixture to start from.
+        means: `(B, K, D)`.
+        variances: `(B, K, D)`; with `spherical` equal along the last dimension.
+        floor: `(B, 1, 1)`, added to the variances.
+        iterations: Steps to take.
+        tolerance: A problem stops once its mean log-likelihood changes by less; 0 does not look.
+        spherical: Whether the variances are averaged over the features.
+        posterior: Whether what the components hold is wanted (with tolerance 0).
+        group: Ranks that share the samples, all of which start at the same mixture.
+
+    Returns:
+        Weights, means and variances, shaped as given; then, of the samples weighted by their
+        posteriors under that mixture, each component's mass `(B, K)`, mean `(B, K, D)` and mass
+        times mean squared distance from the mean `(B, K)`, or nothing of use if `posterior` is not
+        set; and the steps, `(B)`.
+    """
+    results = _EM.apply(
+        x,
+        mass,
+        weights,
+        means,
+        variances,
+        floor,
+        iterations,
+        tolerance,
+        spherical,
+        posterior,
+        group,
+    )
+    return results[:3], results[3:6], results[6]
+
+
+class _EM(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mass: Tensor,
+        weights: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        floor: Tensor,
+        iterations: int,
+        tolerance: float,
+        spherical: bool,
+        posterior: bool,
+        group: ProcessGroup | None,
+    ) -> tuple[Tensor, ...]:
+        moments = torch.cat([-0.5 * (variances - floor + means.square()), means], -1)
+        path, steps = _run(
+            x,
+            mass.unsqueeze(-2),
+            weights.unsqueeze(-1),
+            moments,
+            floor,
+            iterations + posterior,  # what the components hold is what a further step finds
+            tolerance,
+            spherical,
+            Ranks(group),
+        )
+        weights, moments = path[-1 - posterior]
+        variances, means = _parameters(moments, floor, spherical)
+        shares, found = path[-1]
+        squares, centres = found.chunk(2, -1)
+        spreads = torch.addcmul(-2 * squares, centres, centres, value=-1).sum(-1)
+        shares = shares.squeeze(-1)
+        # What the steps went through is an output, since only inputs and outputs can be kept.
+        trail = [torch.stack(part, 1) for part in zip(*path, strict=True)]
+        return (
+            weights.squeeze(-1),
+            means.clone(),
+            variances,
+            shares.clone(),
+            centres.clone(),
+            shares * spreads.clamp_min(0),
+            steps.flatten(),
+            *trail,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mass, _, _, _, floor, _, tolerance, spherical, posterior, group = inputs
+        ctx.mark_non_differentiable(*output[6:])
+        ctx.save_for_backward(x, mass, floor, *output[6:])
+        ctx.options = tolerance > 0, spherical, posterior, group
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Where no graph of the derivative is wanted, there is none to refuse.
+        differentiate = _Derivative.apply if torch.is_grad_enabled() else _Derivative.forward
+        derivatives = differentiate(*ctx.saved_tensors, *grads[:6], *ctx.options)
+        return (*derivatives, None, None, None, None, None)
+
+
+class _Derivative(torch.autograd.Function):
+    """The derivative. Its own is not kept: taken as a constant it would be wrong in silence."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mass: Tensor,
+        floor: Tensor,
+        steps: Tensor,
+        weights: Tensor,
+        moments: Tensor,
+        grad_weights: Tensor,
+        grad_means: Tensor,
+        grad_variances: Tensor,
+        grad_shares: Tensor,
+        grad_centres: Tensor,
+        grad_scatters: Tensor,
+        stops: bool,
+        spherical: bool,
+        posterior: bool,
+        group: ProcessGroup | None,
+    ) -> tuple[Tensor, ...]:
+        by_squares = -2 * grad_variances
+        means = moments[:, -1 - posterior].chunk(2, -1)[1]
+        by_moments = torch.cat([by_squares, torch.addcmul(grad_means, means, by_squares)], -1)
+        if spherical:
+            by_moments = _average_spreads(by_moments, means)
+        grads = [(grad_weights.unsqueeze(-1), by_moments)]
+        if posterior:
+            squares, centres = moments[:, -1].chunk(2, -1)
+            spreads = torch.addcmul(-2 * squares, centres, centres, value=-1)
+            grad_scatters = grad_scatters.unsqueeze(-1)
+            by_spread = -2 * weights[:, -1] * grad_scatters
+            by_centres = torch.addcmul(grad_centres, centres, by_spread)
+            by_shares = torch.addcmul(
+                grad_shares.unsqueeze(-1), grad_scatters, spreads.sum(-1, keepdim=True)
+            )
+            grads.append((by_shares, torch.cat([by_spread.expand_as(centres), by_centres], -1)))
+        grad_x, grad_mass, grad_weights, grad_moments, grad_floor = _run_back(
+            x,
+            mass.unsqueeze(-2),
+            floor,
+            steps.reshape(-1, 1, 1),
+            weights,
+            moments,
+            grads,
+            stops,
+            spherical,
+            Ranks(group),
+        )
+        means = moments[:, 0].chunk(2, -1)[1]
+        by_first, by_means = grad_moments.chunk(2, -1)
+        by_floor = (by_first - by_squares).sum((-2, -1), keepdim=True)
+        return (
+            grad_x,
+            grad_mass.squeeze(-2),
+            grad_weights.squeeze(-1),
+            torch.addcmul(by_means, means, by_first, value=-1),
+            -0.5 * by_first,
+            torch.add(grad_floor, by_floor, alpha=0.5),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            'EM for covariance_type="diag" and "spherical" has first derivatives only; '
+            f"regularization below {SMALLEST_FLOOR} takes a slower path that has them all"
+        )
+
+
+# From here on weights are (B, K, 1), mass is (B, 1, N), and all that is one number for each problem
+# is (B, 1, 1).
+
+
+def _run(
+    x: Tensor,
+    mass: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    floor: Tensor,
+    iterations: int,
+    tolerance: float,
+    spherical: bool,
+    ranks: Ranks,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Return weights and moments on the way, first and last included, and each problem's steps."""
+    features = _features(x)
+    rows = features.mT
+    absent = _absent(mass, ranks)
+    path = [(weights, moments)]
+    steps = torch.full_like(absent, iterations)
+    done = steps < 0
+    previous: Tensor | None = None
+    for _ in range(iterations):
+        slopes, offsets, _, _ = _coefficients(weights, moments, floor, spherical)
+        log_joint = torch.baddbmm(offsets, slopes, features)
+        joint = mass * log_joint.softmax(-2)
+        sums = [joint.sum(-1, keepdim=True), torch.bmm(joint, rows)]
+        if tolerance > 0:
+            sums.append((mass * log_joint.logsumexp(-2, keepdim=True)).sum(-1, keepdim=True))
+        shares, totals, *likelihood = ranks.sum(sums)
+        held = torch.add(totals, moments, alpha=_INERTIA) / (shares + _INERTIA)
+        shares = torch.addcmul(shares, absent, weights)
+        if tolerance == 0:
+            weights, moments = shares, held
+            path.append((weights, moments))
+            continue
+        weights, moments = torch.where(done, weights, shares), torch.where(done, moments, held)
+        path.append((weights, moments))
+        if previous is not None:
+            # NaN never converges, and the result shows it: there is nothing to wait for.
+            change = (likelihood[0] - previous).abs()
+            stop = ~done & ((change < tolerance) | change.isnan())
+            steps = torch.where(stop, len(path) - 1, steps)
+            done = done | stop
+            if bool(done.all()):
+                break
+        previous = likelihood[0]
+    return path, steps
+
+
+def _run_back(
+    x: Tensor,
+    mass: Tensor,
+    floor: Tensor,
+    steps: Tensor,
+    weights: Tensor,
+    moments: Tensor,
+    grads: list[tuple[Tensor, Tensor]],
+    stops: bool,
+    spherical: bool,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the derivatives by x, mass, weights, moments and floor.
+
+    `weights` and `moments` are those of all steps, along dimension 1, and `grads` the derivatives
+    by the last one or two of them. `stops` says whether problems may have stopped; what follows is
+    the identity.
+    """
+    features = _features(x)
+    rows = features.mT
+    absent = _absent(mass, ranks)
+    count, components = weights.shape[1] - 1, weights.shape[2]
+    block = max(1, _BLOCK_ENTRIES // max(1, mass.numel() * components))
+    grad_features, grad_mass = torch.zeros_like(features), torch.zeros_like(mass)
+    grad_floor = torch.zeros_like(floor)
+    whole = sum(by_weights for by_weights, _ in grads)
+    grad_weights, grad_moments = grads.pop()
+
+    for end in range(count, 0, -block):
+        start = max(0, end - block)
+        # All that does not wait for the derivative, for all steps of the block at once.
+        before, after = slice(start, end), slice(start + 1, end + 1)
+        slopes, offsets, precisions, means = _coefficients(
+            weights[:, before], moments[:, before], floor.unsqueeze(1), spherical
+        )
+        log_joint = torch.baddbmm(offsets.flatten(1, 2), slopes.flatten(1, 2), features)
+        posteriors = log_joint.reshape(*slopes.shape[:-1], -1).softmax(-2)
+        # How a and c vary with E x^2 / -2 and the mean, a first by its own half, then by the other.
+        square = 2 * precisions.square()
+        mixed = square * means
+        linear = torch.addcmul(precisions, mixed, means)
+        half = -0.5 * mixed * means
+        by_a = torch.cat([square, linear], -1), torch.cat([mixed, mixed], -1)
+        by_c = torch.cat([precisions + half, half * means], -1)
+        shares = (1 - absent.unsqueeze(1)) * weights[:, after] + _INERTIA
+        parts = [slopes, posteriors, mass.unsqueeze(1) * posteriors, *by_a, by_c]
+        parts += [shares.reciprocal(), weights[:, before].clamp_min(_INERTIA)]
+        parts += [moments[:, after], means]
+        if stops:
+            turns = torch.arange(start, end, device=x.device).reshape(-1, 1, 1)
+            parts.append(turns >= steps.unsqueeze(1))
+        left, right, averages, changes = [], [], [], []
+        for step in reversed(list(zip(*(part.unbind(1) for part in parts), strict=True))):
+            slope, posterior, joint, own, other, offset, inverse, weight, moment, mean = step[:10]
+            # Through the M-step.
+            by_totals = inverse * grad_moments
+            by_shares = grad_weights - (by_totals * moment).sum(-1, keepdim=True)
+            if stops:
+                by_totals = torch.where(step[10], 0.0, by_totals)
+                by_shares = torch.where(step[10], 0.0, by_shares)
+            before_weights, before_moments = grad_weights, grad_moments
+            inertia = by_totals
+            by_shares, by_totals = ranks.sum([by_shares, by_totals])
+            # Through the posteriors.
+            by_joint = torch.baddbmm(by_shares, by_totals, features)
+            average = (posterior * by_joint).sum(-2, keepdim=True)
+            by_log_joint = joint * (by_joint - average)
+            left += [by_totals, slope]
+            right += [joint, by_log_joint]
+            averages.append(average)
+            # Through a and c.
+            by_slope = torch.bmm(by_log_joint, rows)
+            by_offset = by_log_joint.sum(-1, keepdim=True)
+            crossed = torch.cat(by_slope.chunk(2, -1)[::-1], -1)
+            grad_moments = torch.addcmul(own * by_slope, other, crossed)
+            change = torch.addcmul(own * by_slope, other, crossed)
+            change = torch.addcmul(change, by_offset, offset)
+            if spherical:
+                change = _average_spreads(change, mean)
+            changes.append(change)
+            grad_moments = torch.add(change, inertia, alpha=_INERTIA)
+            grad_weights = by_offset / weight
+            if stops:
+                grad_moments = torch.where(step[10], before_moments, grad_moments)
+                grad_weights = torch.where(step[10], before_weights, grad_weights)
+            if grads:
+                by_weights, by_moments = grads.pop()
+                grad_weights, grad_moments = grad_weights + by_weights, grad_moments + by_moments
+        grad_features = torch.baddbmm(grad_features, torch.cat(left, 1).mT, torch.cat(right, 1))
+        grad_mass = grad_mass + torch.cat(averages, 1).sum(1, keepdim=True)
+        by_floor = torch.cat(changes, 1)[..., : x.shape[-1]].sum((-2, -1), keepdim=True)
+        grad_floor = torch.sub(grad_floor, by_floor, alpha=0.5)
+    by_square, by_x = grad_features.chunk(2, 1)
+    grad_x = torch.addcmul(by_x, by_square, x.mT, value=-1).mT
+    grad_weights = torch.where(absent != 0, whole, grad_weights)
+    return grad_x, (1 - absent) * grad_mass, grad_weights, grad_moments, grad_floor
+
+
+def _average_spreads(by_moments: Tensor, means: Tensor) -> Tensor:
+    """Return the derivative by moments whose variances are averaged over the features."""
+    by_squares, by_means = by_moments.chunk(2, -1)
+    average = by_squares.mean(-1, keepdim=True).expand_as(by_squares)
+    return torch.cat([average, torch.addcmul(by_means, means, average - by_squares)], -1)
+
+
+def _features(x: Tensor) -> Tensor:
+    """Return z(x), samples last: `(B, 2 D, N)`."""
+    columns = x.mT
+    return torch.cat([-0.5 * columns.square(), columns], 1)
+
+
+def _parameters(moments: Tensor, floor: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
+    """Return variances and means."""
+    squares, means = moments.chunk(2, -1)
+    variances = torch.addcmul(torch.add(floor, squares, alpha=-2), means, means, value=-1)
+    if spherical:
+        variances = variances.mean(-1, keepdim=True).expand_as(variances)
+    # Rounding may leave it below; the derivative there is as good as above.
+    return torch.maximum(variances, floor), means
+
+
+def _coefficients(
+    weights: Tensor, moments: Tensor, floor: Tensor, spherical: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a, c, the precisions and the means."""
+    variances, means = _parameters(moments, floor, spherical)
+    precisions = variances.reciprocal()
+    linear = means * precisions
+    norms = torch.addcmul(variances.log(), means, linear).sum(-1, keepdim=True)
+    slopes = torch.cat([precisions, linear], -1)
+    return slopes, torch.sub(weights.log(), norms, alpha=0.5), precisions, means
+
+
+def _absent(mass: Tensor, ranks: Ranks) -> Tensor:
+    """Return 1 for a problem without samples, else 0."""
+    (total,) = ranks.sum([mass.sum(-1, keepdim=True)])
+    return (total == 0).to(mass.dtype)
