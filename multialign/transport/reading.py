@@ -124,23 +124,31 @@ class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scopes: list[int], costs: int, right: Tensor, *problem: Tensor) -> Tensor:
-        *scalars, potentials = problem[:3]
-        rest = list(problem[3:])
+    def forward(
+        scopes: list[int],
+        count: int,
+        right: Tensor,
+        epsilon: Tensor,
+        deviation: Tensor,
+        potentials: Tensor,
+        *tables: Tensor,
+    ) -> Tensor:
+        costs = [tables[n] for n in range(count)]
+        marginals = [tables[n] for n in range(count, len(tables))]
         result: Tensor = _solve_hessian(
-            rest[:costs], scopes, rest[costs:], *scalars, potentials, right
+            costs, scopes, marginals, epsilon, deviation, potentials, right
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.scopes, ctx.costs, _, *problem = inputs
-        ctx.save_for_backward(*problem)
+        ctx.scopes, ctx.count = inputs[0], inputs[1]
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # H is symmetric.
-        solution = _Solve.apply(ctx.scopes, ctx.costs, grad, *ctx.saved_tensors)
+        solution = _Solve.forward(ctx.scopes, ctx.count, grad, *ctx.saved_tensors)
         return None, None, solution, *[None] * len(ctx.saved_tensors)
 
 
