@@ -32,6 +32,8 @@ def register_batched_vmap(operator: Any) -> None:
         results = operator(
             *[merge(argument, dim, size) for argument, dim in zip(arguments, in_dims, strict=True)]
         )
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (size, -1)), 0
         return tuple(x.unflatten(0, (size, -1)) for x in results), (0,) * len(results)
 
     if hasattr(torch.library, "register_vmap"):  # torch >= 2.5

@@ -1,0 +1,19 @@
+"""The CUDA path: Triton kernels and their launchers, one family a file.
+
+Imported only when chosen. `multialign.ops.reference` defines what they compute.
+"""
+
+from multialign.ops._triton.products import (
+    log_matmul,
+    log_matmul_reduce,
+    log_matmul_reduce_points,
+)
+from multialign.ops._triton.rows import log_matvec, log_matvec_points
+
+__all__ = [
+    "log_matmul",
+    "log_matmul_reduce",
+    "log_matmul_reduce_points",
+    "log_matvec",
+    "log_matvec_points",
+]
