@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from multialign.ops._triton.gradients import log_matmul_backward
 from multialign.ops._triton.launch import (
     block,
     cdiv,
@@ -347,21 +348,43 @@ class _Factors(NamedTuple):
     points: bool
 
 
-def _blocks(dtype: torch.dtype, batch: int, sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the largest tiles that still make a program for each multiprocessor."""
+def _blocks(
+    dtype: torch.dtype, batch: int, sizes: tuple[int, int, int], *, plain: bool
+) -> dict[str, Any]:
+    """Return the largest tiles that spill no registers and make a program per multiprocessor.
+
+    `plain` is a product alone; what follows it in the other kernels needs registers too.
+    """
     rows, _, columns = sizes
-    side = 128 if dtype == torch.float32 else 64
-    while side > 32 and batch * cdiv(rows, side) * cdiv(columns, side) < _MULTIPROCESSORS:
-        side //= 2
-    tall, wide = block(rows, side), block(columns, side)
-    warps = 8 if tall * wide > 64 * 64 else 4 if tall * wide > 32 * 32 else 2
-    return {"BLOCK_I": tall, "BLOCK_K": wide, "BLOCK_J": 32, "num_warps": warps, "num_stages": 2}
+    tall, wide = (128 if plain else 64, 128) if dtype == torch.float32 else (64, 64)
+    while wide > 32 and batch * cdiv(rows, tall) * cdiv(columns, wide) < _MULTIPROCESSORS:
+        tall = wide = wide // 2
+    tall, wide = block(rows, tall), block(columns, wide)
+    deep = 16 if tall * wide == 128 * 128 or dtype == torch.float64 else 32
+    warps = 8 if dtype == torch.float64 and tall * wide > 32 * 32 else 4
+    return {
+        "BLOCK_I": tall,
+        "BLOCK_K": wide,
+        "BLOCK_J": deep,
+        "num_warps": 8 if tall * wide > 64 * 64 else warps,
+        "num_stages": 2,
+    }
 
 
 # Of the cards this is made for, A100 (108) to H200 (132).
 _MULTIPROCESSORS = 108
-# Side of the tiles that are computed again, and the terms of them at a time.
-_REPAIR = {"STEP_K": 32, "UNROLL": 8, "num_warps": 4}
+# Side of the tiles that are computed again.
+_SIDE = 32
+
+
+def _repair_options(dtype: torch.dtype, wide: int = _SIDE) -> dict[str, Any]:
+    return {
+        "BLOCK_I": _SIDE,
+        "BLOCK_K": wide,
+        "STEP_K": min(_SIDE, wide),
+        "UNROLL": 4,
+        "num_warps": 8 if dtype == torch.float32 else 4,
+    }
 
 
 def _product(
@@ -403,12 +426,11 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
         points=False,
     )
     alpha, beta = a.amax(2).to(dtype), b.amax(1).to(dtype)
-    _product(factors, alpha, beta, out, out, _blocks(dtype, batch, factors.sizes))
-    side = 32
-    programs = batch * cdiv(rows, side) * cdiv(columns, side)
+    _product(factors, alpha, beta, out, out, _blocks(dtype, batch, factors.sizes, plain=True))
+    programs = batch * cdiv(rows, _SIDE) * cdiv(columns, _SIDE)
     launch(
         _repair, programs, *factors.pointers, out, out, out, *factors.sizes, *factors.strides, 0.0,
-        POINTS=False, REDUCE=False, DTYPE=kind, BLOCK_I=side, BLOCK_K=side, **_REPAIR,
+        POINTS=False, REDUCE=False, DTYPE=kind, **_repair_options(dtype),
     )  # fmt: skip
     return out
 
@@ -421,21 +443,32 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 register_batched_vmap(log_matmul)
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    derivatives: tuple[Tensor, ...] = log_matmul_backward(grad, *ctx.saved_tensors)
+    return derivatives
+
+
+log_matmul.register_autograd(_differentiate, setup_context=_keep)
+
+
 def _reduce(factors: _Factors, alpha: Tensor, beta: Tensor) -> Tensor:
     """Return log sum_k exp(w_ik + log_matmul_ik), `(B, I)`."""
     dtype, kind = lifted(alpha)
     batch = alpha.shape[0]
     rows, _, columns = factors.sizes
-    options = _blocks(dtype, batch, factors.sizes)
+    options = _blocks(dtype, batch, factors.sizes, plain=False)
     partial = alpha.new_empty((batch, cdiv(columns, options["BLOCK_K"]), rows))
     bound = torch.empty_like(partial)
     limits = _product(factors, alpha, beta, partial, bound, options)
-    side = 32
     launch(
-        _repair, batch * cdiv(rows, side) * partial.shape[1], *factors.pointers,
+        _repair, batch * cdiv(rows, _SIDE) * partial.shape[1], *factors.pointers,
         torch.logsumexp(partial, 1), partial, bound, *factors.sizes, *factors.strides,
-        limits.negligible, POINTS=factors.points, REDUCE=True, DTYPE=kind, BLOCK_I=side,
-        BLOCK_K=options["BLOCK_K"], **_REPAIR | {"STEP_K": min(32, options["BLOCK_K"])},
+        limits.negligible, POINTS=factors.points, REDUCE=True, DTYPE=kind,
+        **_repair_options(dtype, options["BLOCK_K"]),
     )  # fmt: skip
     return torch.logsumexp(partial, 1)
 
