@@ -3,6 +3,7 @@
 Imported only when chosen. `multialign.ops.reference` defines what they compute.
 """
 
+from multialign.ops._triton.gaussian import gaussian_form
 from multialign.ops._triton.products import (
     log_matmul,
     log_matmul_reduce,
@@ -11,6 +12,7 @@ from multialign.ops._triton.products import (
 from multialign.ops._triton.rows import log_matvec, log_matvec_points
 
 __all__ = [
+    "gaussian_form",
     "log_matmul",
     "log_matmul_reduce",
     "log_matmul_reduce_points",

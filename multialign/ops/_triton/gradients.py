@@ -98,17 +98,17 @@ def _left_gradient(
         else:
             for step in range(BLOCK_K):
                 column = start + step + tl.arange(0, 1)
-                right = entries(b, b, column, inner, K, J, stride_bk, stride_bj, 0, 0, False, DTYPE)
-                total = entries(
+                b_jk = entries(b, b, column, inner, K, J, stride_bk, stride_bj, 0, 0, False, DTYPE)
+                value_ik = entries(
                     value, value, rows, column, I, K, stride_vi, stride_vk, 0, 0, False, DTYPE
                 )
-                at = grad + rows[:, None].to(tl.int64) * stride_gi
-                at += column[None, :].to(tl.int64) * stride_gk
-                inside = (rows < I)[:, None] & (column < K)[None, :]
-                weight = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-                exponent = left + right - finite(total)
-                exponent = tl.where(total == float("-inf"), float("-inf"), exponent)
-                singly += weight * tl.exp(exponent)
+                one_at = grad + rows[:, None].to(tl.int64) * stride_gi
+                one_at += column[None, :].to(tl.int64) * stride_gk
+                grad_ik = tl.load(
+                    one_at, mask=(rows < I)[:, None] & (column < K)[None, :], other=0.0
+                ).to(DTYPE)
+                share = tl.exp(left + b_jk - finite(value_ik))
+                singly += grad_ik * tl.where(value_ik == float("-inf"), 0.0, share)
     result = product * tl.exp(left - finite(row_top)[:, None]) + singly
     at = (batch * I + rows[:, None]) * J + inner[None, :]
     tl.store(out + at, result, mask=(rows < I)[:, None] & (inner < J)[None, :])

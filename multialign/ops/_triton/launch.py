@@ -10,7 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["WORKING_DTYPE", "block", "check_batched", "launch", "lifted", "matrix_precision"]
+__all__ = [
+    "MULTIPROCESSORS",
+    "WORKING_DTYPE",
+    "block",
+    "cdiv",
+    "check_batched",
+    "launch",
+    "lifted",
+    "matrix_precision",
+]
+
+# How many programs keep a card busy: A100 has 108, H100 and H200 132. The number is no device's
+# own, so that a result does not depend on the card it was computed on.
+MULTIPROCESSORS = 108
 
 WORKING_DTYPE = {
     torch.float16: torch.float32,
@@ -68,7 +81,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """
     if programs > 0:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, **options)
+            kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
 
 
 def cdiv(size: int, step: int) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from multialign.ops._triton.gradients import log_matmul_backward
 from multialign.ops._triton.launch import (
+    MULTIPROCESSORS,
     block,
     cdiv,
     check_batched,
@@ -357,7 +358,7 @@ def _blocks(
     """
     rows, _, columns = sizes
     tall, wide = (128 if plain else 64, 128) if dtype == torch.float32 else (64, 64)
-    while wide > 32 and batch * cdiv(rows, tall) * cdiv(columns, wide) < _MULTIPROCESSORS:
+    while wide > 32 and batch * cdiv(rows, tall) * cdiv(columns, wide) < MULTIPROCESSORS:
         tall = wide = wide // 2
     tall, wide = block(rows, tall), block(columns, wide)
     deep = 16 if tall * wide == 128 * 128 or dtype == torch.float64 else 32
@@ -371,8 +372,6 @@ def _blocks(
     }
 
 
-# Of the cards this is made for, A100 (108) to H200 (132).
-_MULTIPROCESSORS = 108
 # Side of the tiles that are computed again.
 _SIDE = 32
 
