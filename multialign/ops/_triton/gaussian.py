@@ -44,18 +44,19 @@ def _gaussian_sums(
     share,  # columns in each
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr,  # whether BLOCK_D holds all features
+    SINGLE: tl.constexpr,  # whether BLOCK_D = BLOCK_F holds all features
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # features at a time in a distance
+    BLOCK_F: tl.constexpr,  # features of the moments
 ):
     n_blocks = tl.cdiv(N, BLOCK_N)
-    d_blocks = tl.cdiv(D, BLOCK_D)
+    f_blocks = tl.cdiv(D, BLOCK_F)
     program = tl.program_id(0)
     rows = program % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    d_block = program // n_blocks % d_blocks
-    part = program // (n_blocks * d_blocks) % shares
-    batch = (program // (n_blocks * d_blocks * shares)).to(tl.int64)
+    f_block = program // n_blocks % f_blocks
+    part = program // (n_blocks * f_blocks) % shares
+    batch = (program // (n_blocks * f_blocks * shares)).to(tl.int64)
     x += batch * N * D
     y += batch * M * D
     precisions += batch * S
@@ -63,14 +64,15 @@ def _gaussian_sums(
 
     in_rows = rows < N
     features = tl.arange(0, BLOCK_D)
-    kept = d_block * BLOCK_D + features
+    kept = f_block * BLOCK_F + tl.arange(0, BLOCK_F)
     square_x = tl.load(squares_x + batch * N + rows, mask=in_rows, other=0.0)
     x_at = rows[:, None].to(tl.int64) * D + features[None, :]
     x_mask = in_rows[:, None]
-    x_tile = tl.load(x + x_at, mask=x_mask & (features < D)[None, :], other=0.0)
+    if SINGLE:
+        x_tile = tl.load(x + x_at, mask=x_mask & (features < D)[None, :], other=0.0)
     total = tl.zeros((BLOCK_N,), DTYPE)
     slope_total = tl.zeros((BLOCK_N,), DTYPE)
-    moment = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    moment = tl.zeros((BLOCK_N, BLOCK_F), DTYPE)
     for start in range(part * share, min(M, (part + 1) * share), BLOCK_M):
         columns = start + tl.arange(0, BLOCK_M)
         in_columns = columns < M
@@ -111,7 +113,7 @@ def _gaussian_sums(
         moment = tl.dot(slope, y_tile, moment, input_precision=PRECISION, out_dtype=DTYPE)
 
     at = (batch * shares + part) * N + rows
-    if d_block == 0:
+    if f_block == 0:
         tl.store(sums + at, total / S, mask=in_rows)
         tl.store(slopes + at, slope_total / S, mask=in_rows)
     tl.store(
@@ -149,9 +151,12 @@ def _side(
     dtype, kind = lifted(x, y, p, q)
     batch, rows, depth = x.shape
     columns = y.shape[1]
-    side = 64 if dtype == torch.float32 else 32
-    tall, wide, deep = block(rows, side), block(columns, side), block(depth, side)
-    programs = batch * cdiv(rows, tall) * cdiv(depth, deep)
+    # The largest tiles that spill no registers.
+    single = depth <= (64 if dtype == torch.float32 else 32)
+    deep = block(depth, 64) if single else 32
+    kept = deep if single else 128 if dtype == torch.float32 else 32
+    tall, wide = block(rows, 64 if dtype == torch.float32 else 32), block(columns, 32)
+    programs = batch * cdiv(rows, tall) * cdiv(depth, kept)
     shares = max(1, min(cdiv(columns, wide), 2 * MULTIPROCESSORS // max(1, programs)))
     share = cdiv(cdiv(columns, wide), shares) * wide
     sums = x.new_empty((batch, shares, rows))
@@ -160,8 +165,8 @@ def _side(
     launch(
         _gaussian_sums, programs * shares, x, y, x.square().sum(-1), y.square().sum(-1), q,
         precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares, share,
-        DTYPE=kind, PRECISION=matrix_precision(dtype), SINGLE=depth <= deep, BLOCK_N=tall,
-        BLOCK_M=wide, BLOCK_D=deep, num_warps=4, num_stages=2,
+        DTYPE=kind, PRECISION=matrix_precision(dtype), SINGLE=single, BLOCK_N=tall, BLOCK_M=wide,
+        BLOCK_D=deep, BLOCK_F=kept, num_warps=4 if kept <= 64 else 8, num_stages=2,
     )  # fmt: skip
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
     slope = moments.sum(1) - slopes.sum(1).unsqueeze(-1) * x

@@ -125,7 +125,7 @@ def _by_left(grad: Tensor, a: Tensor, b: Tensor, value: Tensor) -> Tensor:
         _left_gradient, batch * cdiv(rows, tall) * cdiv(inner, wide), a, b, value, grad, out,
         rows, inner, columns, *a.stride(), *b.stride(), *value.stride(), *grad.stride(),
         _LARGEST[dtype], DTYPE=kind, PRECISION=matrix_precision(dtype), BLOCK_I=tall,
-        BLOCK_J=wide, BLOCK_K=32, num_warps=8 if tall * wide > 32 * 32 else 4, num_stages=2,
+        BLOCK_J=wide, BLOCK_K=32 if side == 64 else 16, num_warps=8 if tall * wide > 32 * 32 else 4, num_stages=2,
     )  # fmt: skip
     return out.to(a.dtype)
 
