@@ -35,7 +35,7 @@ from multialign.ops.batching import register_batched_vmap
 __all__ = ["fits_small", "solve_small"]
 
 LARGEST_SIZE = 32
-# Entries of a tile, and of a plan that few problems of a batch can share a card with.
+# 32-bit words of a tile, and entries of a plan that few problems of a batch can share a card with.
 _TILE = 4096
 _CROWDED = 2**15
 
@@ -727,20 +727,19 @@ def _solve(
     counts = [1] * first + sizes
     blocks = [block(size, LARGEST_SIZE, 1) for size in counts]
     tile = blocks[1] * blocks[2] * blocks[3]
-    loop = tile > _TILE
-    entries = tile // blocks[1] if loop else tile
+    words = tile * dtype.itemsize // 4
+    loop = words > _TILE
     launch(
         _solve_small, batch, *pointers, *masses, epsilon.contiguous(), potentials, iterations,
         errors, *counts, atoms, tolerance, max_iterations, M=count, PAIRS=present, LOOP=loop,
         B0=blocks[0], B1=blocks[1], B2=blocks[2], B3=blocks[3], DTYPE=kind,
-        num_warps=_warps(entries, dtype),
+        num_warps=_warps(words // blocks[1] if loop else words),
     )  # fmt: skip
     return potentials, iterations, errors
 
 
-def _warps(entries: int, dtype: torch.dtype) -> int:
+def _warps(words: int) -> int:
     """Return how many warps hold a tile of the plan without spilling registers."""
-    words = entries * (2 if dtype == torch.float64 else 1)
     return 1 if words <= 512 else 4 if words <= 2048 else 8
 
 
