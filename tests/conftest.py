@@ -18,7 +18,8 @@ if settings:
         deadline=None,
         derandomize=True,
         max_examples=12,
-        # Failing examples here are small already, and shrinking runs the slow ones hundreds of times.
+        # Failing examples here are small already, and shrinking runs the slow ones hundreds of
+        # times.
         phases=[Phase.explicit, Phase.generate],
     )
     settings.load_profile("default")

@@ -4,8 +4,6 @@ A program owns some rows and goes over all columns, or over a share of them wher
 rows: what it adds up is its own, and the order of a sum is always the same.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 import torch
@@ -144,9 +142,7 @@ def gaussian_form(
     return value, by_x, sums_x.to(p.dtype), by_y, sums_y.to(q.dtype)
 
 
-def _side(
-    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor
-) -> tuple[Tensor, Tensor]:
+def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
     """Return K q in float64 and the derivative of p^T K q by x."""
     dtype, kind = lifted(x, y, p, q)
     batch, rows, depth = x.shape

@@ -11,8 +11,6 @@ of a over its j, and beta_k that of b,
 is a product on the tensor cores. Where an exponent of W is large the terms are taken one by one.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 import torch
@@ -37,7 +35,7 @@ def _left_gradient(
     value,  # (B, I, K): log_matmul of them
     grad,  # (B, I, K)
     out,  # (B, I, J)
-    I,  # noqa: E741
+    I,
     J,
     K,
     stride_ab,
@@ -78,9 +76,7 @@ def _left_gradient(
         columns = start + tl.arange(0, BLOCK_K)
         right = entries(b, b, columns, inner, K, J, stride_bk, stride_bj, 0, 0, False, DTYPE)
         column_top = tl.max(right, 1)
-        total = entries(
-            value, value, rows, columns, I, K, stride_vi, stride_vk, 0, 0, False, DTYPE
-        )
+        total = entries(value, value, rows, columns, I, K, stride_vi, stride_vk, 0, 0, False, DTYPE)
         inside = (rows < I)[:, None] & (columns < K)[None, :]
         at = rows[:, None].to(tl.int64) * stride_gi + columns[None, :].to(tl.int64) * stride_gk
         weight = tl.load(grad + at, mask=inside, other=0.0).to(DTYPE)
@@ -135,9 +131,7 @@ def _by_left(grad: Tensor, a: Tensor, b: Tensor, value: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad, Tensor a, Tensor b, Tensor value) -> (Tensor, Tensor)",
 )
-def log_matmul_backward(
-    grad: Tensor, a: Tensor, b: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
+def log_matmul_backward(grad: Tensor, a: Tensor, b: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives of sum(grad * log_matmul(a, b)) by a and b; `value` is the product.
 
     The second is the first of the transposed problem.

@@ -12,8 +12,6 @@ value and computed again, by a streamed log-sum-exp with a maximum of its own. I
 far from all that matters, and so they are few.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 import math
@@ -84,7 +82,7 @@ def _log_matmul(
     beta,  # (B, K)
     out,  # (B, I, K), or with REDUCE (B, K blocks, I): log sum exp(w + .) over a block
     bound,  # (B, K blocks, I): the most that entries too small to be trusted may add to it
-    I,  # noqa: E741
+    I,
     J,
     K,
     stride_ab,
@@ -191,7 +189,7 @@ def _streamed(
     g,
     rows,
     columns,
-    I,  # noqa: E741
+    I,
     J,
     K,
     stride_ai,
@@ -252,7 +250,7 @@ def _repair(
     total,  # (B, I), with REDUCE: the sum over all k so far
     out,
     bound,
-    I,  # noqa: E741
+    I,
     J,
     K,
     stride_ab,
@@ -387,7 +385,12 @@ def _repair_options(dtype: torch.dtype, wide: int = _SIDE) -> dict[str, Any]:
 
 
 def _product(
-    factors: _Factors, alpha: Tensor, beta: Tensor, out: Tensor, bound: Tensor, options: dict[str, Any]
+    factors: _Factors,
+    alpha: Tensor,
+    beta: Tensor,
+    out: Tensor,
+    bound: Tensor,
+    options: dict[str, Any],
 ) -> _Range:
     dtype, kind = lifted(out)
     limits = _exponents(dtype, factors.sizes[1])
@@ -546,9 +549,7 @@ def log_matmul_reduce_points(
     factors = _Factors(
         (x, y, y, z, x, g, h, scales), (rows, inner, columns), (0,) * 9 + (depth,), points=True
     )
-    return _reduce(
-        factors, row_maxima(x, y, g, scales, dtype), row_maxima(z, y, g, scales, dtype)
-    )
+    return _reduce(factors, row_maxima(x, y, g, scales, dtype), row_maxima(z, y, g, scales, dtype))
 
 
 @log_matmul_reduce_points.register_fake

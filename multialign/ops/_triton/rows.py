@@ -1,7 +1,5 @@
 """log_matvec: one pass over a table with a running maximum for each row."""
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 import torch
@@ -69,9 +67,7 @@ def _log_matvec(
     if WITH_TOP:
         tl.store(top + batch * row_count + rows, maximum, mask=inside)
     else:
-        tl.store(
-            out + batch * row_count + rows, finite(maximum) + tl.log(total), mask=inside
-        )
+        tl.store(out + batch * row_count + rows, finite(maximum) + tl.log(total), mask=inside)
 
 
 def _launch_rows(

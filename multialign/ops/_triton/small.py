@@ -16,12 +16,9 @@ loops run over the rest: the cost of a tile is built from its pairs each time. W
 stays in registers.
 """
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -163,9 +160,7 @@ def _log_sums(
         steps = sizes[1]
     for i in range(sizes[0]):
         for j in range(steps):
-            plan = _log_plan(
-                i, j, x, inverse, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE
-            )
+            plan = _log_plan(i, j, x, inverse, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE)
             if VARIABLE == 3:
                 top = tl.max(tl.max(plan, 1), 0)
                 part = tl.exp(plan - finite(top)[None, None, :])
@@ -579,9 +574,7 @@ def _solve_small(
                 start = _plus(x, step, tl.minimum(1.0, radius / tl.maximum(_largest(step), 1e-30)))
                 newton = True
         inverse = 1.0 / epsilon
-        swept = _sweep(
-            start, wanted, inverse, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE
-        )
+        swept = _sweep(start, wanted, inverse, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE)
         pairs = _marginals(swept, inverse, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE)
         found = _error(_single(pairs, M), nu, M)
         count += 1
@@ -638,7 +631,7 @@ def fits_small(sizes: Sequence[int], batch: int, dtype: torch.dtype) -> bool:
         entries *= size
     return (
         2 <= len(sizes) <= 4
-        and 1 <= min(sizes)
+        and min(sizes) >= 1
         and max(sizes) <= LARGEST_SIZE
         and dtype in (torch.float32, torch.float64)
         and (entries <= _CROWDED or batch >= 8)

@@ -1,7 +1,5 @@
 """Tiles of a table of log-weights, held in memory or computed from points."""
 
-# ruff: noqa: ANN001, ANN202 - Triton gives a kernel's arguments their types.
-
 from __future__ import annotations
 
 import triton
