@@ -1,8 +1,8 @@
 """The CUDA kernels against eager torch, torch.compile and the peers, on the card in hand.
 
-``python -m benchmarks.gpu FOLDER`` writes FOLDER/gpu.csv in less than 8 minutes, each row as soon as
-it is measured. It needs torch and triton; OTT-JAX, geomloss and flash-sinkhorn are measured where
-they can be imported. ``--tiny`` runs every line on problems that mean nothing, on a CPU too with
+``python -m benchmarks.gpu FOLDER`` writes FOLDER/gpu.csv in less than 8 minutes, each row as soon
+as it is measured. It needs torch and triton; OTT-JAX, geomloss and flash-sinkhorn are measured
+where they can be imported. ``--tiny`` runs every line on problems that mean nothing, on a CPU too with
 TRITON_INTERPRET=1.
 
 A time is that of a call with a synchronisation before and after it, its launches included.
@@ -495,10 +495,10 @@ def mmd(table: Table, device: str, sizes: Iterable[int], product: float | None) 
         run("multialign", ours, amount=4 * 2 * 2 * size**2 * 64, unit="flop", limit=product)
         run("multialign torch", partial(without_kernels, ours))
 
-        def make() -> Callable[[], Any]:
+        def make(step: Callable[..., Tensor] = step) -> Callable[[], Any]:
             geomloss = importlib.import_module("geomloss")
             loss = geomloss.SamplesLoss("gaussian", blur=8.0, backend="tensorized")
-            return lambda: step(lambda x: 2 * loss(*x))
+            return partial(step, lambda features: 2 * loss(*features))
 
         run(f"{version('geomloss')} (tensorized)", lazily(make))
 

@@ -2,8 +2,8 @@
 
     grad_a_ij = sum_k G_ik exp(a_ij + b_jk - out_ik)
 
-No exponential here is above 1, but its factors may be. In a tile of i and j with alpha_i the maximum
-of a over its j, and beta_k that of b,
+No exponential here is above 1, but its factors may be. In a tile of i and j with alpha_i the
+maximum of a over its j, and beta_k that of b,
 
     grad_a_ij = exp(a_ij - alpha_i) sum_k W_ik exp(b_jk - beta_k),
     W_ik = G_ik exp(alpha_i + beta_k - out_ik),
@@ -121,7 +121,8 @@ def _by_left(grad: Tensor, a: Tensor, b: Tensor, value: Tensor) -> Tensor:
         _left_gradient, batch * cdiv(rows, tall) * cdiv(inner, wide), a, b, value, grad, out,
         rows, inner, columns, *a.stride(), *b.stride(), *value.stride(), *grad.stride(),
         _LARGEST[dtype], DTYPE=kind, PRECISION=matrix_precision(dtype), BLOCK_I=tall,
-        BLOCK_J=wide, BLOCK_K=32 if side == 64 else 16, num_warps=8 if tall * wide > 32 * 32 else 4, num_stages=2,
+        BLOCK_J=wide, BLOCK_K=32 if side == 64 else 16,
+        num_warps=8 if tall * wide > 32 * 32 else 4, num_stages=2,
     )  # fmt: skip
     return out.to(a.dtype)
 
