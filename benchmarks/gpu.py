@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.gpu FOLDER`` writes FOLDER/gpu.csv in less than 8 minutes, each row as soon
 as it is measured. It needs torch and triton; OTT-JAX, geomloss and flash-sinkhorn are measured
-where they can be imported. ``--tiny`` runs every line on problems that mean nothing, on a CPU too with
-TRITON_INTERPRET=1.
+where they can be imported. ``--tiny`` runs every line on problems that mean nothing, on a CPU too
+with TRITON_INTERPRET=1.
 
 A time is that of a call with a synchronisation before and after it, its launches included.
 """
