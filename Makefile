@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The versions to install; another file of pip constraints tries other ones.
 CONSTRAINTS ?= constraints.txt
+# The folder that bench-gpu writes.
+OUT ?= benchmarks/results
 # Further arguments to pytest or to the example.
 ARGS ?=
 
@@ -15,12 +17,12 @@ EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yam
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel bench clean
+.PHONY: help test example lint format types docs wheel bench test-gpu bench-gpu clean
 
 help: ## Print this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
-test: $(VENV)/.installed-test $(VENV)/.installed-example ## Run the tests and the examples in the docstrings
+test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
 
 example: $(VENV)/.installed-example ## Train and evaluate the reference model on digits
@@ -49,6 +51,14 @@ wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is
 bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
 	$(PY) -m benchmarks.prototypes
+
+# These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
+# hand, and pytest.
+test-gpu: ## Run the tests of the CUDA kernels on a GPU, with PYTHON as it is
+	$(PYTHON) -m pytest tests/test_triton.py --device cuda -p no:cacheprovider $(ARGS)
+
+bench-gpu: ## Measure the CUDA kernels on a GPU and write OUT/gpu.csv, with PYTHON as it is
+	$(PYTHON) -m benchmarks.gpu $(OUT) $(ARGS)
 
 clean: ## Remove everything the verbs made, except runs/
 	rm -rf $(VENV) build dist docs/_build docs/api/generated .hypothesis

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 # Its kernels can be imported, and so collected, only where triton is installed.
-collect_ignore = [] if find_spec("triton") else ["multialign/ops/_triton.py"]
+collect_ignore = [] if find_spec("triton") else ["multialign/ops/_triton"]
 
 
 @pytest.fixture(autouse=True)

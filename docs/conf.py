@@ -101,7 +101,10 @@ def write_benchmarks(app):
     """Make a table of each recorded benchmark; the first provider of a size is the measure."""
     here = Path(app.srcdir)
     (here / "_generated").mkdir(exist_ok=True)
+    write_gpu_benchmark(here)
     for path in sorted((here.parent / "benchmarks" / "results").glob("*.csv")):
+        if path.stem == "gpu":
+            continue
         with path.open() as file:
             rows = list(csv.DictReader(file))
         lines = [".. list-table::", "   :header-rows: 1", ""]
@@ -129,6 +132,40 @@ def write_benchmarks(app):
             "",
         ]
         (here / "_generated" / f"{path.stem}.rst").write_text("\n".join(lines))
+
+
+def write_gpu_benchmark(here):
+    """Make a table of what `make bench-gpu` recorded, or say that nothing is."""
+    path = here.parent / "benchmarks" / "results" / "gpu.csv"
+    target = here / "_generated" / "gpu.rst"
+    if not path.exists():
+        target.write_text("No run is recorded yet: there was no card to measure on.\n")
+        return
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["What", "Size", "Provider", "ms", "Times ours", "Peak MiB", "Error", "Of the limit"]
+    table = [names]
+    for row in rows:
+        cells = [row["case"], row["size"], row["provider"]]
+        if row["milliseconds"]:
+            cells += [f"{float(row['milliseconds']):.3g}", f"{float(row['ratio']):.2f}"]
+            cells += [f"{float(row['peak_mib']):.0f}"]
+            cells += [f"{float(row['error']):.0e}" if row["error"] else ""]
+            cells += [f"{float(row['fraction']):.0%}" if row["fraction"] else ""]
+        else:
+            cells += [row["note"], "", "", "", ""]
+        table.append(["" if cell == "nan" else cell for cell in cells])
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for cells in table:
+        lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
+    first = rows[0]
+    lines += [
+        "",
+        f"Recorded on {first['device']}; torch {first['torch']}, triton {first['triton']}, "
+        f"Python {first['python']}, commit {first['commit']}.",
+        "",
+    ]
+    target.write_text("\n".join(lines))
 
 
 def setup(app):

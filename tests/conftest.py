@@ -1,20 +1,28 @@
 """Options and defaults of the whole suite: float64 on the CPU, one seed a test."""
 
+import os
+
 import pytest
 import torch
-from hypothesis import Phase, settings
+
+try:
+    from hypothesis import Phase, settings
+except ImportError:  # `make test-gpu` asks for pytest and triton alone
+    settings = None
 
 # The tensors here are tiny: a second thread has nothing to do but to be waited for.
 torch.set_num_threads(1)
-settings.register_profile(
-    "default",
-    deadline=None,
-    derandomize=True,
-    max_examples=12,
-    # Failing examples here are small already, and shrinking runs the slow ones hundreds of times.
-    phases=[Phase.explicit, Phase.generate],
-)
-settings.load_profile("default")
+if settings:
+    settings.register_profile(
+        "default",
+        deadline=None,
+        derandomize=True,
+        max_examples=12,
+        # Failing examples here are small already, and shrinking runs the slow ones hundreds of
+        # times.
+        phases=[Phase.explicit, Phase.generate],
+    )
+    settings.load_profile("default")
 
 
 def pytest_addoption(parser):
@@ -23,6 +31,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "transforms: of torch.compile and torch.func")
+    # Without a GPU the kernels are interpreted. Triton reads this when it is imported.
+    if config.getoption("--device") == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

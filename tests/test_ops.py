@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from multialign.ops import choose_backend, gaussian_form, log, logsumexp
+from multialign.ops import backend, choose_backend, gaussian_form, log, logsumexp
 from tests import reference
 
 
@@ -45,10 +45,20 @@ def test_gaussian_form(n, m, dim, sigmas):
     )
 
 
-def test_choosing_a_backend():
-    x = torch.ones(2)
+def test_choosing_a_backend(monkeypatch):
+    x = torch.ones(2, device="cpu")
     assert choose_backend("auto", x) == choose_backend("torch", x) == "torch"
-    with pytest.raises(NotImplementedError, match='"triton" has no kernels in this version'):
-        choose_backend("triton", x)
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton'; got 1"):
         choose_backend(1, x)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_INSTALLED", False)
+    with pytest.raises(RuntimeError, match="triton, which is not installed here"):
+        choose_backend("triton", x)
+    monkeypatch.setattr(backend, "_INSTALLED", True)
+    with pytest.raises(RuntimeError, match="needs a CUDA tensor .* got one on cpu"):
+        choose_backend("triton", x)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("triton", x) == "triton"
+    assert choose_backend("auto", x) == "torch"
+    with pytest.raises(RuntimeError, match="needs float16, .* got torch.int64"):
+        choose_backend("triton", x.long())

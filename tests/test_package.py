@@ -85,14 +85,15 @@ def test_import_rules_have_no_cycle():
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_nothing_but_torch_and_the_standard_library(path):
     allowed = {"multialign", "torch", *sys.stdlib_module_names}
-    if path == PACKAGE / "ops" / "_triton.py":
+    if path.parent == PACKAGE / "ops" / "_triton":
         allowed.add("triton")
     foreign = {module.split(".")[0] for module, _ in _imports(path)} - allowed
     assert not foreign
 
 
 def test_triton_kernels_are_imported_only_when_chosen():
-    for path in [PACKAGE / "__init__.py", *MODULES]:
+    kernels = PACKAGE / "ops" / "_triton"
+    for path in [PACKAGE / "__init__.py", *[path for path in MODULES if path.parent != kernels]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:  # statements that run on import
             text = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
@@ -105,6 +106,8 @@ def test_only_public_names_are_used_outside(folder):
         for module, name in _imports(path):
             if module.split(".")[0] != "multialign":
                 continue
+            if path.name == "gpu.py" and module == "multialign.ops":
+                continue  # the kernels by themselves are what it measures
             assert module == "multialign", f"{path.relative_to(ROOT)} imports {module}"
             assert not name or name in multialign.__all__, f"{path.relative_to(ROOT)}: {name}"
 
