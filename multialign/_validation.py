@@ -199,7 +199,7 @@ def weigh_samples(
         if weight is None:
             blanked.append(x)
             masses.append(x.new_full((*batch, count), 1 / max(count, 1)))
-            present.append(x.new_full(tuple(batch), float(count > 0)))
+            present.append(x.new_ones(tuple(batch)) if count else x.new_zeros(tuple(batch)))
             continue
         # torch.where, not a product: 0 * NaN is NaN, in the value and in the gradient.
         row = weight.reshape(*weight.shape, *[1] * (x.ndim - weight.ndim))

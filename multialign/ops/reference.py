@@ -26,9 +26,7 @@ def logsumexp(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     dims = [dim] if isinstance(dim, int) else list(dim)
     if not dims:
         return x
-    dead = x.amax(dims, keepdim=True) == -math.inf
-    result = torch.logsumexp(torch.where(dead, 0.0, x), dims, keepdim=True)
-    result = torch.where(dead, -math.inf, result)
-    for d in sorted((d % x.ndim for d in dims), reverse=True):
-        result = result.squeeze(d)
-    return result
+    top = x.detach().amax(dims, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = (x - top).exp_().sum(dims, keepdim=True)
+    return (log(total) + top).squeeze(dims)

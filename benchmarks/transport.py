@@ -1,0 +1,300 @@
+"""Transport against OTT-JAX, POT, geomloss and plain sweeps: time, memory and growth.
+
+``python -m benchmarks.transport`` takes some minutes. Every call goes from points to potentials, on
+the same problem and to the same marginal error (L1, summed over the marginals). multialign and POT
+run on one thread; JAX takes all cores.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import geomloss
+import jax
+import ot
+import torch
+from jax import numpy as jnp
+from ott.experimental.mmsinkhorn import MMSinkhorn
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from multialign import (
+    ConvergenceWarning,
+    TransportSolution,
+    multi_marginal_sinkhorn,
+    squared_euclidean_cost,
+)
+
+OTT = f"OTT-JAX {importlib.metadata.version('ott-jax')} MMSinkhorn (jit)"
+POT = f"POT {importlib.metadata.version('POT')} sinkhorn_log"
+GEOMLOSS = f"geomloss {importlib.metadata.version('geomloss')} (tensorized)"
+# OTT's default: this part of the standard deviation of the cost tensor.
+RELATIVE_EPSILON = 0.05
+
+Call = Callable[[], Any]
+
+
+def clouds(size: int, count: int, dtype: torch.dtype, dim: int = 16) -> list[Tensor]:
+    """Return Gaussian clouds, each 0.5 further along every axis."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, size, dim, generator=generator, dtype=torch.float64)
+    return [(draw() + 0.5 * m).to(dtype) for m in range(count)]
+
+
+def edges(graph: str, count: int) -> list[tuple[int, int]]:
+    """Return the pairs of a graph."""
+    if graph == "complete":
+        return list(combinations(range(count), 2))
+    if graph == "tree":
+        return [((j - 1) // 2, j) for j in range(1, count)]
+    chain = [(i, i + 1) for i in range(count - 1)]
+    return [*chain, (0, count - 1)] if graph == "cycle" else chain
+
+
+def costs(points: list[Tensor], graph: str = "complete") -> dict[tuple[int, int], Tensor]:
+    """Return the squared distances along the edges of a graph."""
+    return {
+        (i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges(graph, len(points))
+    }
+
+
+def deviation(points: list[Tensor]) -> float:
+    """Return the standard deviation of the cost tensor, without building it.
+
+    Costs of pairs that share a variable are correlated through what depends on it alone.
+    """
+    total = 0.0
+    means = [torch.zeros(len(x), dtype=torch.float64) for x in points]
+    for (i, j), cost in costs([x.double() for x in points]).items():
+        rows, columns = cost.mean(1), cost.mean(0)
+        total += (cost - rows[:, None] - columns + cost.mean()).square().mean().item()
+        means[i] += rows
+        means[j] += columns
+    return math.sqrt(total + sum(mean.var(correction=0).item() for mean in means))
+
+
+def solve(
+    points: list[Tensor],
+    epsilon: float,
+    tolerance: float,
+    graph: str = "complete",
+    method: str = "auto",
+    max_iterations: int = 2000,
+) -> TransportSolution:
+    """Solve by multialign."""
+    uniform = [x.new_full((len(x),), 1 / len(x)) for x in points]
+    return multi_marginal_sinkhorn(
+        costs(points, graph),
+        uniform,
+        epsilon,
+        tolerance=tolerance,
+        method=method,
+        max_iterations=max_iterations,
+    )
+
+
+def ott_solver(points: list[Tensor], epsilon: float, tolerance: float) -> Call:
+    """Return a call of OTT's solver, compiled."""
+    arrays = [jnp.asarray(x.numpy()) for x in points]
+    solver = MMSinkhorn(threshold=tolerance, max_iterations=2000)
+    solve_them = jax.jit(lambda x: solver(x, epsilon=epsilon))
+    return lambda: jax.block_until_ready(solve_them(arrays))
+
+
+def prepare_ours(size: int, count: int, graph: str, double: bool, tolerance: float) -> Call:
+    """Return a call on a new problem, after a small one that loads what is needed."""
+    dtype = torch.float64 if double else torch.float32
+    small, points = clouds(40, count, dtype), clouds(size, count, dtype)
+    solve(small, RELATIVE_EPSILON * deviation(small), 1e-3, graph)
+    return partial(solve, points, RELATIVE_EPSILON * deviation(points), tolerance, graph)
+
+
+def prepare_ott(size: int, count: int, double: bool, tolerance: float) -> Call:
+    """Return the same for OTT, compiled for this size."""
+    jax.config.update("jax_enable_x64", double)
+    points = clouds(size, count, torch.float64 if double else torch.float32)
+    call = ott_solver(points, RELATIVE_EPSILON * deviation(points), tolerance)
+    call()
+    return call
+
+
+def against_ott() -> list[Row]:
+    """Three marginals, complete graph, OTT's default epsilon."""
+    rows = []
+    for double, sizes in ((False, (7, 16, 32, 64, 128, 256)), (True, (7, 16, 32, 64))):
+        jax.config.update("jax_enable_x64", double)
+        dtype, tolerance = (torch.float64, 1e-6) if double else (torch.float32, 1e-3)
+        for size in sizes:
+            points = clouds(size, 3, dtype)
+            epsilon = RELATIVE_EPSILON * deviation(points)
+            exact = solve([x.double() for x in points], epsilon, 1e-10).value.item()
+            peer = ott_solver(points, epsilon, tolerance)
+            ours = partial(solve, points, epsilon, tolerance)
+            times = harness.alternate(
+                {"multialign": ours, OTT: peer}, repetitions=15 if size <= 64 else 5
+            )
+            found = peer()
+            values = {"multialign": ours().value.item(), OTT: float(found.ent_reg_cost)}
+            if not bool(found.converged):
+                # It says so only where the last of its checks came early enough.
+                print(f"OTT at K = {size}: {int(found.n_iters)} iterations")
+            peaks = {
+                "multialign": partial(prepare_ours, size, 3, "complete", double, tolerance),
+                OTT: partial(prepare_ott, size, 3, double, tolerance),
+            }
+            rows += [
+                Row(
+                    case=f"three marginals, complete graph, {str(dtype)[6:]} to {tolerance:g}",
+                    size=f"K = {size}",
+                    provider=name,
+                    **harness.quantiles(times[name]),
+                    peak_mib=harness.peak_mib(peaks[name]) if size >= 64 else math.nan,
+                    error=abs(values[name] / exact - 1),
+                )
+                for name in times
+            ]
+    return rows
+
+
+def alone() -> list[Row]:
+    """Problems whose dense tensor does not fit, or takes more than anyone would wait for."""
+    cases = [
+        ("complete", 3, 512),
+        ("complete", 3, 1024),
+        ("complete", 3, 2048),
+        ("complete", 4, 64),
+        ("complete", 4, 128),
+        ("cycle", 4, 256),
+        ("chain", 10, 500),
+        ("tree", 20, 250),
+        ("tree", 20, 500),
+    ]
+    rows = []
+    for graph, count, size in cases:
+        points = clouds(size, count, torch.float32)
+        ours = partial(solve, points, RELATIVE_EPSILON * deviation(points), 1e-3, graph)
+        times = harness.alternate({"multialign": ours}, repetitions=1)["multialign"]
+        found = ours()
+        assert found.converged
+        rows.append(
+            Row(
+                case="float32 to 1e-3",
+                size=f"{graph}, M = {count}, K = {size}",
+                provider=f"multialign, {int(found.iterations)} steps",
+                **harness.quantiles(times),
+                peak_mib=harness.peak_mib(prepare_ours, size, count, graph, False, 1e-3),
+                error=math.nan,
+            )
+        )
+    return rows
+
+
+def small_epsilon() -> list[Row]:
+    """Newton against plain sweeps where epsilon is small."""
+    rows = []
+    for size in (7, 16, 64):
+        points = clouds(size, 3, torch.float64)
+        epsilon = 0.005 * sum(cost.mean().item() for cost in costs(points).values())
+        exact = solve(points, epsilon, 1e-10).value.item()
+        methods = {
+            name: partial(solve, points, epsilon, 1e-6, method=name, max_iterations=limit)
+            for name, limit in (("newton", 2000), ("sinkhorn", 20_000))
+        }
+        for name, method in methods.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                times = harness.alternate({name: method}, repetitions=3 if name == "newton" else 1)
+                found = method()
+            rows.append(
+                Row(
+                    case="three marginals, epsilon = 0.005 of the mean cost, float64 to 1e-6",
+                    size=f"K = {size}",
+                    provider=f"{name}, {int(found.iterations)} steps to {float(found.error):.0e}",
+                    **harness.quantiles(times[name]),
+                    peak_mib=math.nan,
+                    error=abs(found.value.item() / exact - 1),
+                )
+            )
+    return rows
+
+
+def marginal_error(points: list[Tensor], f: Tensor, g: Tensor, epsilon: float) -> float:
+    """Return the L1 error of exp((f + g - C) / epsilon) with uniform marginals."""
+    x, y = (p.double() for p in points)
+    exponent = f.double()[:, None] + g.double() - squared_euclidean_cost(x, y)
+    plan = (exponent / epsilon).exp() / (len(x) * len(y))
+    return sum((plan.sum(d) - 1 / plan.shape[1 - d]).abs().sum().item() for d in (0, 1))
+
+
+def two_marginals() -> list[Row]:
+    """Two marginals against POT and geomloss, each at the error that the peer reaches."""
+    size, rows = 1000, []
+    points = clouds(size, 2, torch.float64)
+    epsilon = RELATIVE_EPSILON * costs(points)[(0, 1)].std().item()
+    exact = solve(points, epsilon, 1e-10).value.item()
+    uniform = torch.full((size,), 1 / size, dtype=torch.float64)
+
+    def pot() -> tuple[Tensor, float]:
+        cost = squared_euclidean_cost(*points)
+        plan, log = ot.sinkhorn(
+            uniform, uniform, cost, epsilon, method="sinkhorn_log", stopThr=1e-7,
+            numItermax=10_000, log=True,
+        )  # fmt: skip
+        return plan, log
+
+    # Its cost is |x - y|^2 / 2, its epsilon blur^2.
+    divergence = geomloss.SamplesLoss(
+        "sinkhorn", blur=math.sqrt(epsilon / 2), scaling=0.9, debias=False, potentials=True,
+        backend="tensorized",
+    )  # fmt: skip
+
+    plan, _ = pot()
+    pot_error = sum((plan.sum(d) - uniform).abs().sum().item() for d in (0, 1))
+    f, g = (2 * x.squeeze() for x in divergence(*points))
+    geomloss_error = marginal_error(points, f, g, epsilon)
+    for name, call, error in (
+        (POT, pot, pot_error),
+        (GEOMLOSS, lambda: divergence(*points), geomloss_error),
+    ):
+        ours = partial(solve, points, epsilon, error)
+        times = harness.alternate({"multialign": ours, name: call}, repetitions=3)
+        rows += [
+            Row(
+                case=f"two marginals, float64 to {error:.1e}, the error of {name.split()[0]}",
+                size=f"K = {size}",
+                provider=provider,
+                **harness.quantiles(times[provider]),
+                peak_mib=math.nan,
+                error=abs(ours().value.item() / exact - 1)
+                if provider == "multialign"
+                else math.nan,
+            )
+            for provider in times
+        ]
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write."""
+    torch.set_num_threads(1)
+    rows = []
+    for part in (against_ott, alone, small_epsilon, two_marginals):
+        for row in part():
+            print(
+                f"{row.case:60} {row.size:24} {row.provider:34} {row.milliseconds:10.1f} ms "
+                f"{row.peak_mib:8.0f} MiB  error {row.error:.1e}",
+                flush=True,
+            )
+            rows.append(row)
+    harness.write("transport", rows)
+
+
+if __name__ == "__main__":
+    main()
