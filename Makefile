@@ -37,8 +37,10 @@ format: $(VENV)/.installed-lint ## Fix what lint can fix by itself
 types: $(VENV)/.installed-lint ## Check types
 	$(PY) -m mypy --strict multialign
 
-docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html
-	$(PY) -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
+docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the documentation, run the gallery, and open each page in a browser
+	rm -rf docs/_build/html docs/gallery
+	$(PY) -m sphinx -q -W -n --keep-going -E -b html docs docs/_build/html
+	$(PY) -m pytest -q tests/test_docs.py --site docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is installed

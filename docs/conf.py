@@ -18,6 +18,9 @@ from pybtex.style.labels import BaseLabelStyle
 
 import multialign
 
+sys.path.insert(0, str(Path(__file__).parent))
+from pictures import write_pictures
+
 project = "multialign"
 author = "The multialign developers"
 copyright = author
@@ -168,6 +171,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": "gallery/backreferences",
     "thumbnail_size": (400, 280),
     "min_reported_time": 0,
+    "write_computation_times": False,  # that page would fetch a script from the network
 }
 
 # -- Formulas -------------------------------------------------------------------------------------
@@ -254,3 +258,4 @@ def write_benchmarks(app):
 def setup(app):
     app.connect("autodoc-process-signature", hide_constructor)
     app.connect("builder-inited", write_benchmarks)
+    app.connect("builder-inited", lambda app: write_pictures(GENERATED))
