@@ -15,10 +15,10 @@ EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yam
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel bench clean
+.PHONY: help test example lint format types docs wheel release-check bench clean
 
 help: ## Print this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
@@ -47,6 +47,11 @@ wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is
 	rm -rf build dist
 	$(PY) -m build --outdir dist . > /dev/null
 	$(PY) .ci/check_wheel.py dist/*.whl --constraint $(CONSTRAINTS)
+
+release-check: $(VENV)/.installed-lint ## Build sdist and wheel, and test them with the oldest and newest torch
+	rm -rf build dist
+	$(PY) -m build --outdir dist . > /dev/null
+	$(PY) .ci/release_check.py dist --constraint $(CONSTRAINTS) $(ARGS)
 
 bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
