@@ -183,5 +183,10 @@ def test_torch_is_the_only_requirement():
     assert [text for text in requirements if "extra ==" not in text] == ["torch>=2.4"]
 
 
+def test_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == multialign.__version__
+
+
 def test_is_typed():
     assert (PACKAGE / "py.typed").exists()
