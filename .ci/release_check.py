@@ -26,7 +26,8 @@ def installed_pythons() -> dict[str, str]:
     found = {}
     for version in PYTHONS:
         path = shutil.which(f"python{version}")
-        if path and subprocess.run([path, "-c", "import venv"], check=False).returncode == 0:
+        # Something of that name may be there and do no more than to say which versions are not.
+        if path and not subprocess.run([path, "-c", "import venv"], capture_output=True).returncode:
             found[version] = path
     found.setdefault(f"{sys.version_info.major}.{sys.version_info.minor}", sys.executable)
     return found

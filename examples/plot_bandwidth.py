@@ -5,7 +5,6 @@ The bandwidth :math:`\sigma` of the Gaussian kernel is a length: at about that s
 Too small, and every sample is alone; too large, and only the means are compared. What matters in
 training is the gradient, and it is that which dies first.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 

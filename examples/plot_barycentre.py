@@ -5,7 +5,6 @@ A Wasserstein barycentre is the cloud nearest to several others at once :cite:p:
 unknown cloud in the centre of a star, its cost is that of one multi-marginal problem, and the plan
 of that problem says where its points should go.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from multialign import multi_marginal_sinkhorn, squared_euclidean_cost
 # ------------
 # A ring, a cross and a heart, of N points each.
 
-N = 100
+N = 80
 t = 2 * math.pi * torch.arange(N) / N
 side = torch.linspace(-1, 1, N // 2)
 heart = torch.stack(
@@ -94,7 +93,7 @@ figure, axis = plt.subplots(figsize=(6.4, 5.6))
 colours = torch.tensor([[0.0, 0.45, 0.70], [0.84, 0.37, 0.0], [0.0, 0.62, 0.45]])
 for points, weight in zip(cloud, weights, strict=True):
     place = torch.stack([(weight[1] - weight[0]) * 5, weight[2] * 8.6])
-    axis.scatter(*(points + place).T, s=3, color=(weight @ colours).tolist(), lw=0)
+    axis.scatter(*(points + place).mT, s=3, color=(weight @ colours).tolist(), lw=0)
 axis.set(aspect="equal")
 axis.axis("off")
 plt.show()

@@ -5,7 +5,6 @@ A population is seen at six times, each time other individuals: snapshots withou
 of the first snapshot became which part of the last? Comparing the two directly can only guess by
 distance. A chain of marginals goes through the snapshots between.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def by_group(plan: Tensor) -> Tensor:
     """Return which share of each group at the start goes to each group at the end."""
     rows = torch.nn.functional.one_hot(groups[0]).to(plan)
     columns = torch.nn.functional.one_hot(groups[-1]).to(plan)
-    table = rows.T @ plan @ columns
+    table = rows.mT @ plan @ columns
     return table / table.sum(1, keepdim=True)
 
 
@@ -79,7 +78,7 @@ for time in range(TIMES):
     shade = 0.2 + 0.8 * time / (TIMES - 1)
     for group, colour in enumerate(COLOURS):
         rows = groups[time] == group
-        axes[0].scatter(*points[time][rows].T, s=9, c=colour, alpha=shade, lw=0)
+        axes[0].scatter(*points[time][rows].mT, s=9, c=colour, alpha=shade, lw=0)
     angle = math.radians(START[0] + TURN * time)
     axes[0].annotate(
         f"t = {time}", (1.45 * math.cos(angle), 1.45 * math.sin(angle)), ha="center", va="center",
@@ -93,10 +92,10 @@ for axis, plan, title in (
     for row in range(0, len(points[0]), 2):
         column = plan[row].argmax()
         start, end = points[0][row], points[-1][column]
-        axis.plot(*torch.stack([start, end]).T, c=COLOURS[groups[0][row]], lw=0.7, alpha=0.6)
+        axis.plot(*torch.stack([start, end]).mT, c=COLOURS[groups[0][row]], lw=0.7, alpha=0.6)
     for group, colour in enumerate(COLOURS):
-        axis.scatter(*points[0][groups[0] == group].T, s=9, c=colour, alpha=0.3, lw=0)
-        axis.scatter(*points[-1][groups[-1] == group].T, s=12, c=colour, lw=0)
+        axis.scatter(*points[0][groups[0] == group].mT, s=9, c=colour, alpha=0.3, lw=0)
+        axis.scatter(*points[-1][groups[-1] == group].mT, s=12, c=colour, lw=0)
     share = 100 * by_group(plan).diagonal().mean()
     axis.set(title=f"{title}: {share:.0f} % right", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
 for axis in axes:

@@ -6,7 +6,6 @@ Two modalities of the same sample share something, and each has something of its
 factors are known, so one can ask what each representation holds before and after, and where the
 angle stops to say anything.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@
 Points that follow the gradient of a loss show what the loss wants. Here a cloud flows to another
 under the Sinkhorn divergence, under the same loss without its second term, and under MMD.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -96,8 +95,8 @@ for row, ((name, seen), colour) in enumerate(
     zip(flows.items(), ("#0072B2", "#E69F00", "#009E73"), strict=True)
 ):
     for axis, (step, x) in zip(axes[row], seen.items(), strict=True):
-        axis.scatter(*target.T, s=5, c="0.8", lw=0)
-        axis.scatter(*x.T, s=6, c=colour, lw=0)
+        axis.scatter(*target.mT, s=5, c="0.8", lw=0)
+        axis.scatter(*x.mT, s=6, c=colour, lw=0)
         axis.set(xticks=[], yticks=[], aspect="equal")
         axis.spines[:].set_visible(False)
         if row == 0:

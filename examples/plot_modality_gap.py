@@ -5,7 +5,6 @@ Encoders trained on pairs leave each modality in a region of its own: partners a
 other than to other candidates, and still far away :cite:p:`liang:22`. That harms whoever searches
 both modalities at once. An alignment loss closes the gap.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ TEST = 400
 
 def contrastive(first: Tensor, second: Tensor, temperature: float = 0.01) -> Tensor:
     """Return the cross-entropy of finding each one's partner, in both directions."""
-    similarities = first @ second.T / temperature
+    similarities = first @ second.mT / temperature
     partners = torch.arange(len(first))
-    return (cross_entropy(similarities, partners) + cross_entropy(similarities.T, partners)) / 2
+    return (cross_entropy(similarities, partners) + cross_entropy(similarities.mT, partners)) / 2
 
 
 def train(align: nn.Module | None, weight: float, steps: int = 200) -> list[Tensor]:
@@ -88,9 +87,9 @@ RUNS = {
 def numbers(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     """Return the gap, recall at 1 and the share of the other modality, both in per cent."""
     gap = (first.mean(0) - second.mean(0)).norm().item()
-    found = (first @ second.T).argmax(1) == torch.arange(len(first))
+    found = (first @ second.mT).argmax(1) == torch.arange(len(first))
     pool = torch.cat([first, second])
-    similarities = first @ pool.T
+    similarities = first @ pool.mT
     similarities.diagonal().fill_(-2)  # not itself
     near = similarities.topk(10, dim=1).indices
     other = near >= len(first)
@@ -111,8 +110,8 @@ for name, (gap, recall, other) in measured.items():
 # it.
 #
 # Matching the means removes the shift, and the other two losses match what is left as well; a
-# search over both begins to find both. That recall rises with it is the case of this model, which
-# has not seen enough steps to separate all candidates; it is not what a closed gap promises.
+# search over both begins to find both. Recall within the other modality neither needs a closed gap
+# nor suffers from it.
 
 figure, axes = plt.subplots(1, 5, figsize=(9.4, 2.8))
 for axis, (name, (first, second)) in zip(axes, RUNS.items(), strict=True):

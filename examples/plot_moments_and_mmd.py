@@ -5,7 +5,6 @@
 Four clouds show the difference: the first two differ from a normal cloud in what moments measure,
 the last two in nothing that they measure.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ torch.manual_seed(0)
 def whitened(x: Tensor) -> Tensor:
     """Return x moved and stretched to mean 0 and covariance I."""
     x = x - x.mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    return x @ vectors @ (vectors / values.sqrt()).T
+    values, vectors = torch.linalg.eigh(x.mT @ x / len(x))
+    return x @ vectors @ (vectors / values.sqrt()).mT
 
 
 def symmetric(x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ ends = {
 
 figure, axes = plt.subplots(2, 5, figsize=(8.6, 4.4), height_ratios=(1, 1.35))
 for axis, (name, x) in zip(axes[0], clouds.items(), strict=True):
-    axis.scatter(*x.T, s=1.5, c="#0072B2" if name != "normal" else "0.35", lw=0)
+    axis.scatter(*x.mT, s=1.5, c="#0072B2" if name != "normal" else "0.35", lw=0)
     axis.set(title=name, xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
 
 grid = axes[1, 0].get_gridspec()
@@ -107,10 +106,10 @@ bars.set_xticks(range(4), [name.replace(" ", "\n") for name in names])
 bars.legend(loc="upper right", ncols=2)
 for columns, (name, end) in zip((slice(2, 3), slice(3, 4)), ends.items(), strict=True):
     axis = figure.add_subplot(grid[1, columns])
-    axis.scatter(*end.T, s=1.5, c="#E69F00" if name == "moments" else "#0072B2", lw=0)
+    axis.scatter(*end.mT, s=1.5, c="#E69F00" if name == "moments" else "#0072B2", lw=0)
     axis.set(title=f"normal cloud\nafter {name}", xlim=(-3, 3), ylim=(-3, 3))
     axis.set(xticks=[], yticks=[], aspect="equal")
 axis = figure.add_subplot(grid[1, 4])
-axis.scatter(*target.T, s=1.5, c="0.35", lw=0)
+axis.scatter(*target.mT, s=1.5, c="0.35", lw=0)
 axis.set(title="its\ntarget", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
 plt.show()

@@ -5,7 +5,6 @@ Two encoders and a contrastive loss on pairs: the usual model for finding the pa
 another modality. Pairs are dear, and unpaired samples are cheap. An alignment loss can use the
 cheap ones. This page adds one, in one line, and measures when that is worth it and when it is not.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -45,9 +44,9 @@ def tower() -> nn.Module:
 
 def contrastive(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
     """Return the cross-entropy of finding each one's partner, in both directions."""
-    similarities = first @ second.T / temperature
+    similarities = first @ second.mT / temperature
     partners = torch.arange(len(first))
-    return (cross_entropy(similarities, partners) + cross_entropy(similarities.T, partners)) / 2
+    return (cross_entropy(similarities, partners) + cross_entropy(similarities.mT, partners)) / 2
 
 
 # %%
@@ -85,7 +84,7 @@ def train(weight: float, pairs: int, seed: int, steps: int = 150) -> float:
         optimizer.step()
     with torch.no_grad():
         first, second = features(test, test)
-    found = (first @ second.T).argmax(1) == torch.arange(TEST)
+    found = (first @ second.mT).argmax(1) == torch.arange(TEST)
     return 100 * found.float().mean().item()
 
 

@@ -5,7 +5,6 @@ A plan between two distributions is a table: how much mass of each atom goes to 
 three it is a cube, and says which *triples* of atoms belong together. This page solves one, draws
 it, and shows what :math:`\epsilon` does to it.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
@@ -76,12 +75,12 @@ grids = lower.add_gridspec(1, 4, width_ratios=(1, 1, 1, 1.7))
 panels = [lower.add_subplot(grids[k]) for k in range(3)]
 for panel, (epsilon, solution) in zip(panels, solutions.items(), strict=True):
     pairs = solution.pairwise_marginal(0, 1)
-    panel.imshow(pairs.T, origin="lower", extent=(0, 1, 0, 1), cmap="Blues", vmax=pairs.max())
+    panel.imshow(pairs.mT, origin="lower", extent=(0, 1, 0, 1), cmap="Blues", vmax=pairs.max())
     panel.set(title=f"ε = {epsilon}", xlabel="first", xticks=(0, 1), yticks=(0, 1))
 panels[0].set_ylabel("second")
 
 plan = solutions[0.001].plan()
-first, second, third = (plan > plan.max() / 50).nonzero().T
+first, second, third = (plan > plan.max() / 50).nonzero().mT
 space = lower.add_subplot(grids[3], projection="3d")
 colours = plan[first, second, third]
 space.scatter(grid[first], grid[second], grid[third], c=colours, cmap="viridis", s=4, lw=0)

@@ -8,7 +8,6 @@ each pair, where the attention mask of the text says which tokens are there.
 The model is tiny, starts from random weights and learns on a CPU in seconds: it sees scikit-learn's
 handwritten digits, and reads their names letter by letter.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 
