@@ -70,6 +70,9 @@ def test_block_runs(kind, block, defaults, tmp_path, request):
     torch.set_default_dtype(torch.float32)
     if kind == "compiled":  # the compiler proper takes its time; this finds all that can break
         block = block.replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"')
+        # What is compiled here must not be what a later test finds compiled, and the reverse.
+        torch.compiler.reset()
+        request.addfinalizer(torch.compiler.reset)
     exec(compile(block, "<block>", "exec"), {"__name__": "block"})
 
 
