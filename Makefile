@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks
 	$(PY) -m benchmarks.distribution_matching
 
 clean: ## Remove everything the verbs made, except runs/
-	rm -rf $(VENV) build dist docs/_build docs/api/generated .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/_generated docs/api/generated docs/gallery .hypothesis
 	rm -rf .pytest_cache .mypy_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
