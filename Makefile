@@ -17,10 +17,10 @@ EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yam
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel bench test-gpu bench-gpu clean
+.PHONY: help test example lint format types docs wheel release-check bench test-gpu bench-gpu clean
 
 help: ## Print this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
@@ -39,14 +39,21 @@ format: $(VENV)/.installed-lint ## Fix what lint can fix by itself
 types: $(VENV)/.installed-lint ## Check types
 	$(PY) -m mypy --strict multialign
 
-docs: $(VENV)/.installed-docs ## Build the documentation into docs/_build/html
-	$(PY) -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
+docs: $(VENV)/.installed-docs $(VENV)/.installed-test ## Build the documentation, run the gallery, and open each page in a browser
+	rm -rf docs/_build/html docs/gallery
+	$(PY) -m sphinx -q -W -n --keep-going -E -b html docs docs/_build/html
+	$(PY) -m pytest -q tests/test_docs.py --site docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 wheel: $(VENV)/.installed-lint ## Build the wheel and use it where only torch is installed
 	rm -rf build dist
 	$(PY) -m build --outdir dist . > /dev/null
 	$(PY) .ci/check_wheel.py dist/*.whl --constraint $(CONSTRAINTS)
+
+release-check: $(VENV)/.installed-lint ## Build sdist and wheel, and test them with the oldest and newest torch
+	rm -rf build dist
+	$(PY) -m build --outdir dist . > /dev/null
+	$(PY) .ci/release_check.py dist --constraint $(CONSTRAINTS) $(ARGS)
 
 bench: $(VENV)/.installed-test ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
@@ -61,7 +68,7 @@ bench-gpu: ## Measure the CUDA kernels on a GPU and write OUT/gpu.csv, with PYTH
 	$(PYTHON) -m benchmarks.gpu $(OUT) $(ARGS)
 
 clean: ## Remove everything the verbs made, except runs/
-	rm -rf $(VENV) build dist docs/_build docs/api/generated .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/_generated docs/api/generated docs/gallery .hypothesis
 	rm -rf .pytest_cache .mypy_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

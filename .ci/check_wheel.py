@@ -4,7 +4,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -48,6 +47,10 @@ def check_contents(wheel: Path) -> None:
         sys.exit(f"{wheel.name} holds more than multialign: {sorted(tops)}")
     if "multialign/py.typed" not in names:
         sys.exit(f"{wheel.name} lacks multialign/py.typed")
+    code = (".py", ".typed")
+    data = [n for n in names if n.startswith("multialign/") and not n.endswith(code)]
+    if data:
+        sys.exit(f"{wheel.name} holds more than code: {data}")
     tests = [name for name in names if "test" in Path(name).name]
     if tests:
         sys.exit(f"{wheel.name} holds tests: {tests}")
@@ -60,16 +63,23 @@ def check_contents(wheel: Path) -> None:
     print(f"{wheel.name}: {len(names)} files, {size} bytes, requires {', '.join(always)}")
 
 
-def check_use(wheel: Path, constraint: Path) -> None:
-    """Install the wheel in a fresh environment and run a few lines with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
-        python = str(Path(folder, "bin", "python"))
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        pip += ["--constraint", str(constraint.resolve())]
-        subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, str(wheel.resolve())], check=True)
-        subprocess.run([python, "-c", USE], check=True, cwd=folder)
+class Environment:
+    """A fresh environment with torch and nothing else."""
+
+    def __init__(self, folder: Path, constraint: Path, python: str = sys.executable) -> None:
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
+        self.folder, self.constraint = folder, constraint.resolve()
+        self.python = str(folder / "bin" / "python")
+        self.install("torch")
+
+    def install(self, *requirements: str) -> None:
+        """Install with pip, under the constraints."""
+        pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--constraint", str(self.constraint), *requirements], check=True)
+
+    def use(self) -> None:
+        """Run a few lines with what is installed, from a folder without the source."""
+        subprocess.run([self.python, "-c", USE], check=True, cwd=self.folder)
 
 
 if __name__ == "__main__":
@@ -78,4 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--constraint", type=Path, required=True)
     arguments = parser.parse_args()
     check_contents(arguments.wheel)
-    check_use(arguments.wheel, arguments.constraint)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Environment(Path(folder) / "environment", arguments.constraint)
+        environment.install(str(arguments.wheel.resolve()))
+        environment.use()

@@ -1,16 +1,25 @@
 """Configuration of the documentation. Building it needs no network."""
 
 import csv
+import inspect
 import os
+import random
+import sys
+import zlib
 from importlib.resources import files
 from pathlib import Path
 
+import matplotlib
 import pybtex.plugin
+import torch
 from pybtex.richtext import Text
 from pybtex.style.formatting.plain import Style as PlainStyle
 from pybtex.style.labels import BaseLabelStyle
 
 import multialign
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pictures import write_pictures
 
 project = "multialign"
 author = "The multialign developers"
@@ -18,15 +27,17 @@ copyright = author
 version = release = multialign.__version__
 
 extensions = [
-    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "_generated"]
+exclude_patterns = ["_build", "_generated", "inventories"]
+nitpicky = True
+suppress_warnings = ["config.cache"]  # the gallery's options hold functions
 templates_path = ["_templates"]
 default_role = "code"
 
@@ -42,13 +53,126 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
 
-# Links to Python's and torch's own pages are fetched from the network, so only on request.
-if os.environ.get("DOCS_INTERSPHINX"):
-    extensions.append("sphinx.ext.intersphinx")
-    intersphinx_mapping = {
-        "python": ("https://docs.python.org/3", None),
-        "torch": ("https://docs.pytorch.org/docs/stable", None),
-    }
+# `ProcessGroup` is a name in quotes, since some builds of torch have no such class. Signatures that
+# mention it can be evaluated only where the name means the class.
+for module in list(sys.modules.values()):
+    if module.__name__.startswith("multialign") and hasattr(module, "ProcessGroup"):
+        module.ProcessGroup = torch.distributed.ProcessGroup
+
+# -- Links ----------------------------------------------------------------------------------------
+# The inventories of the other projects' pages hold what these pages refer to and nothing else, a
+# line each: "name domain:role priority address text", with $ for the name. A reference that is
+# missing there is a warning, and so an error, of the build.
+SITES = {
+    "numpy": "https://numpy.org/doc/stable",
+    "python": "https://docs.python.org/3",
+    "torch": "https://docs.pytorch.org/docs/stable",
+}
+GENERATED = Path(__file__).parent / "_generated"
+
+
+def write_inventory(name):
+    """Compress an inventory, and return where it is now."""
+    here = Path(__file__).parent
+    GENERATED.mkdir(exist_ok=True)
+    path = GENERATED / f"{name}.inv"
+    head = (
+        "# Sphinx inventory version 2",
+        f"# Project: {name}",
+        "# Version: stable",
+        "# The remainder of this file is compressed using zlib.",
+    )
+    body = (here / "inventories" / f"{name}.txt").read_bytes()
+    path.write_bytes("\n".join((*head, "")).encode() + zlib.compress(body))
+    return str(path)
+
+
+intersphinx_mapping = {name: (site, write_inventory(name)) for name, site in SITES.items()}
+
+# Built by GitHub, the pages link to the lines of the commit; elsewhere to a copy of the source.
+if "GITHUB_SHA" in os.environ:
+    extensions.append("sphinx.ext.linkcode")
+else:
+    extensions.append("sphinx.ext.viewcode")
+
+
+def linkcode_resolve(domain, info):
+    """Return the address of an object's source."""
+    item = sys.modules[info["module"]]
+    for part in info["fullname"].split("."):
+        item = getattr(item, part, None)
+    try:
+        file = Path(inspect.getsourcefile(item)).relative_to(Path(__file__).parents[1])
+        lines, start = inspect.getsourcelines(item)
+    except (TypeError, ValueError):  # an attribute, or something inherited from torch
+        return None
+    repository = f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}"
+    place = f"{file.as_posix()}#L{start}-L{start + len(lines) - 1}"
+    return f"{repository}/blob/{os.environ['GITHUB_SHA']}/{place}"
+
+
+# -- Gallery --------------------------------------------------------------------------------------
+GALLERY = (
+    "plot_decoupling.py",
+    "plot_moments_and_mmd.py",
+    "plot_bandwidth.py",
+    "plot_prototypes.py",
+    "plot_three_marginals.py",
+    "plot_barycentre.py",
+    "plot_chain.py",
+    "plot_gradient_flow.py",
+    "plot_unpaired_transfer.py",
+    "plot_retrieval.py",
+    "plot_transformers.py",
+    "plot_modality_gap.py",
+)
+
+
+def gallery_order(name):
+    """Return the sort key of a script: those not named above come last."""
+    return (GALLERY.index(name) if name in GALLERY else len(GALLERY), name)
+
+
+def reset(conf, name):
+    """Give every script the same start, whatever ran before it."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)  # these tensors are small: a second thread would be waited for
+    random.seed(0)
+    matplotlib.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"/plot_",
+    "ignore_pattern": r"/(?!plot_)[^/]*$",
+    "within_subsection_order": gallery_order,
+    "abort_on_example_error": True,
+    "run_stale_examples": False,
+    "reset_modules": ("matplotlib", reset),
+    "capture_repr": (),
+    "show_signature": False,
+    "download_all_examples": False,
+    "notebook_extensions": set(),
+    "matplotlib_animations": False,
+    "doc_module": ("multialign",),
+    "backreferences_dir": "gallery/backreferences",
+    "thumbnail_size": (400, 280),
+    "min_reported_time": 0,
+    "write_computation_times": False,  # that page would fetch a script from the network
+}
 
 # -- Formulas -------------------------------------------------------------------------------------
 # One file holds MathJax, its SVG output and its fonts, so nothing else is loaded to show a formula.
@@ -171,3 +295,4 @@ def write_gpu_benchmark(here):
 def setup(app):
     app.connect("autodoc-process-signature", hide_constructor)
     app.connect("builder-inited", write_benchmarks)
+    app.connect("builder-inited", lambda app: write_pictures(GENERATED))

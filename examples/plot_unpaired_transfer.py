@@ -10,7 +10,6 @@ the image turned, by 20° or by 60°. Half of the training samples are seen thro
 with labels; the other half through view B alone, without. What counts is the accuracy on view B of
 samples that no training saw.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
 
 from __future__ import annotations
 

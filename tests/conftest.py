@@ -27,6 +27,13 @@ if settings:
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the tests run on")
+    parser.addoption("--site", help="built documentation, for test_docs.py: `make docs` passes it")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # It tests what sphinx made, which a run of the other tests does not make anew.
+    if collection_path.name == "test_docs.py" and not config.getoption("--site"):
+        return True
 
 
 def pytest_configure(config):

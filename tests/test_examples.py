@@ -1,5 +1,8 @@
 """The gallery pages, at a size that tests can afford."""
 
+import ast
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from examples import plot_unpaired_transfer as transfer
 
+ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1)
 LOSSES = [
     "GaussianMomentLoss",
@@ -153,3 +157,20 @@ def test_figure(outcomes, tmp_path, monkeypatch):
     figure.savefig(tmp_path / "figure.png", dpi=50)
     assert len(figure.axes) == 7
     plt.close(figure)
+
+
+def test_every_script_has_its_place_in_the_gallery():
+    scripts = {path.name for path in (ROOT / "examples").glob("plot_*.py")}
+    configuration = ast.parse((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"))
+    (gallery,) = (
+        ast.literal_eval(node.value)
+        for node in configuration.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "GALLERY"
+    )
+    assert scripts <= set(gallery)
+    for name in scripts:
+        text = (ROOT / "examples" / name).read_text(encoding="utf-8")
+        title, line, *_ = ast.get_docstring(ast.parse(text)).splitlines()
+        assert line == "=" * len(line)
+        assert len(line) >= len(title)
+        assert "plt.show()" in text

@@ -13,7 +13,7 @@ import pytest
 import multialign
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "multialign"
+PACKAGE = Path(multialign.__file__).parent  # an installed wheel, where that is what is tested
 MODULES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
 )
@@ -97,7 +97,7 @@ def test_triton_kernels_are_imported_only_when_chosen():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:  # statements that run on import
             text = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
-            assert "_triton" not in text, f"{path.relative_to(ROOT)} imports the kernels at once"
+            assert "_triton" not in text, f"{path.relative_to(PACKAGE)} imports the kernels at once"
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])
@@ -185,6 +185,11 @@ def test_torch_is_the_only_requirement():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("multialign is not installed here")
     assert [text for text in requirements if "extra ==" not in text] == ["torch>=2.4"]
+
+
+def test_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == multialign.__version__
 
 
 def test_is_typed():
