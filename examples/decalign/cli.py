@@ -53,6 +53,8 @@ class DecAlignCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        # A run that goes on finds its checkpoints, and that is meant.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         # Between Lightning and torch.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         super().__init__(
@@ -126,9 +128,7 @@ class DecAlignCLI(LightningCLI):
         if self.options.select == "best":
             chosen = str(self.folder / "checkpoints" / "best.ckpt")
         shown = self.trainer.progress_bar_callback is not None
-        self.trainer.test(
-            self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=shown
-        )
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=shown)
         self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=chosen, return_predictions=False
         )
@@ -137,7 +137,7 @@ class DecAlignCLI(LightningCLI):
     def _record(self) -> None:
         """Write configuration and versions, or compare the configuration with what is there."""
         parser = self._parser(self.subcommand)
-        config = parser.dump(self.options, skip_none=False)
+        config = parser.dump(self.options)
         path = self.folder / "config.yaml"
         if path.is_file() and path.read_text() != config:
             raise FileExistsError(

@@ -61,7 +61,21 @@ class MultimodalTask(lightning.LightningModule):
         patience: int = 5,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(
+            {
+                "modalities": dict(modalities),
+                "target": target,
+                "architecture": architecture,
+                "network": network,
+                "losses": losses,
+                "switches": switches,
+                "text": text,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "patience": patience,
+            }
+        )
         self.target = target
         self.architecture = architecture
         self.losses = losses
@@ -99,9 +113,12 @@ class MultimodalTask(lightning.LightningModule):
             self.objective = self._make_objective(group.WORLD)
 
     def on_fit_start(self) -> None:
-        """Give every process random numbers of its own: they all begin with the same seed."""
-        if self.global_rank > 0:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        """Give every process random numbers of its own.
+
+        All begin with the same seed, and what has been drawn since differs: Lightning sets the seed
+        again where there are several. The first process of many then draws what a single one would.
+        """
+        torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def forward(self, batch: Batch) -> Output:
         """Return the logits of a batch and the features behind them."""
@@ -117,7 +134,8 @@ class MultimodalTask(lightning.LightningModule):
         """Return the objective, and log each of its terms."""
         terms = self.objective(self(batch), batch.targets)
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.targets))
+        size = len(batch.targets)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
 

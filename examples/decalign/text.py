@@ -43,6 +43,8 @@ class TextEncoder(nn.Module):
         if getattr(self.transformer, "pooler", None) is not None:
             self.transformer.pooler = None
         self.transformer.requires_grad_(not text.frozen)
+        # It comes in evaluation mode.
+        self.train()
 
     @property
     def width(self) -> int:

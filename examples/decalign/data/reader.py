@@ -84,6 +84,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
     ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "bytes"): bytes,
     ("builtins", "bytearray"): bytearray,
     ("builtins", "complex"): complex,
     ("builtins", "set"): set,
