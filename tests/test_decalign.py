@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from examples.decalign import encoders
 from examples.decalign.cli import DecAlignCLI
 from examples.decalign.data import Batch

@@ -228,26 +228,21 @@ def test_cut_off_files_are_no_data(tmp_path, write):
 )
 def test_schema_names_what_is_wrong(change, message, write):
     with pytest.raises(SchemaError, match=message):
-        MOSI(write(change=change)).modalities  # noqa: B018
+        MOSI(write(change=change)).load()
 
 
 def test_schema_of_classes_and_tokens(write):
+    path = write("iemocap", lambda d: d["test"].update(classification_labels=np.full(5, 6)))
     with pytest.raises(SchemaError, match=r"whole numbers from 0 to 5 for happy, .*; got \[6"):
-        IEMOCAP(
-            write("iemocap", lambda d: d["test"].update(classification_labels=np.full(5, 6)))
-        ).modalities  # noqa: B018
+        IEMOCAP(path).load()
+    path = write(change=lambda d: d["test"].update(text_bert=d["test"]["text_bert"][:, :2]))
     with pytest.raises(
         SchemaError, match=r"test\['text_bert'\] has shape \(5, 2, 6\); .*\(N, 3, T"
     ):
-        MOSI(
-            write(change=lambda d: d["test"].update(text_bert=d["test"]["text_bert"][:, :2])),
-            text="tokens",
-        ).modalities  # noqa: B018
+        MOSI(path, text="tokens").load()
+    Path(path).write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(SchemaError, match="expected a mapping of splits; got list"):
-        path = write()
-        with open(path, "wb") as file:
-            pickle.dump([1, 2], file)
-        MOSI(path).modalities  # noqa: B018
+        MOSI(path).load()
 
 
 # --- cleaning, masks, scaling ------------------------------------------------------------------
@@ -385,9 +380,9 @@ def test_missing_modalities_are_masked(write):
     with pytest.raises(
         ValueError, match=r"missing must name modalities of \['text', .*; got 'smell"
     ):
-        MOSI(path, missing={"train": {"smell": 1.0}}).modalities  # noqa: B018
+        MOSI(path, missing={"train": {"smell": 1.0}}).train_dataloader()
     with pytest.raises(ValueError, match=r"missing must name splits of .*; got 'dev'"):
-        MOSI(path, missing={"dev": {}}).modalities  # noqa: B018
+        MOSI(path, missing={"dev": {}}).train_dataloader()
 
 
 # --- order -------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_tokens_need_an_encoder(samples):
 # --- resumed -----------------------------------------------------------------------------------
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -300,11 +300,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(schedule, samples, tmp_path, m
     def interrupted(self, batch, batch_idx):
         steps.append(batch_idx)
         if len(steps) == 6:  # in the third epoch of two batches
-            raise Interruption
+            raise InterruptionError
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(MultimodalTask, "training_step", interrupted)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         fit(tmp_path / "resumed")
     assert len(read_log(tmp_path / "resumed")) == 2
     assert not (tmp_path / "resumed" / "metrics.json").exists()

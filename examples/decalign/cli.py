@@ -182,8 +182,11 @@ def _environment(options: Any) -> dict[str, Any]:
     found["commit"] = _commit()
     path = options.data.init_args.get("path")
     if path is not None and Path(path).is_file():
+        digest = hashlib.sha256()
         with Path(path).open("rb") as file:
-            found["data"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            while part := file.read(2**20):
+                digest.update(part)
+        found["data"] = f"sha256:{digest.hexdigest()}"
     found["command"] = sys.argv
     return found
 

@@ -130,7 +130,7 @@ def table(args: Sequence[str] | None = None) -> None:
         task.output / "metrics.json", json.dumps(summarise(everything), indent=2) + "\n"
     )
 
-    metrics = list(next(iter(linear.values())))
+    metrics = [name for name in TITLES if name in linear["linear"]]
     described = json.loads((task.output / "data.json").read_text())
     rows = []
     paper = published(described["published"])

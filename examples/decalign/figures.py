@@ -139,7 +139,7 @@ def bubbles(
     titles: tuple[str, str],
     path: Path,
 ) -> None:
-    """Draw two metrics against each other; the smaller a bubble, the larger the model's MAE.
+    """Draw two metrics against each other; the larger a bubble, the smaller the model's MAE.
 
     Args:
         paper: The published rows: both metrics, and the mean absolute error where there is one.
@@ -147,35 +147,39 @@ def bubbles(
         titles: Of the two metrics.
         path: The PNG to write.
     """
+    points = [
+        (100 * x, 100 * y, error, name, colour)
+        for rows, colour in ((paper, COLOURS[0]), (ours, COLOURS[1]))
+        for name, (x, y, error) in rows.items()
+    ]
+    points.sort(key=lambda point: point[1])
+    errors = [error for _, _, error, _, _ in points if error is not None]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
         axes = figure.subplots()
-        for points, colour, label in [
-            (paper, COLOURS[0], "as published"),
-            (ours, COLOURS[1], "trained here"),
-        ]:
-            for number, (name, (x, y, error)) in enumerate(points.items()):
-                size = 160.0 if error is None else 90.0 / error
-                axes.scatter(
-                    100 * x,
-                    100 * y,
-                    s=size,
-                    c=colour,
-                    alpha=0.55,
-                    linewidths=0.6,
-                    edgecolors="black",
-                    label=None if number else label,
-                )
-                axes.annotate(
-                    name,
-                    (100 * x, 100 * y),
-                    xytext=(7, -9 if number % 2 else 6),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+        for x, y, error, _, colour in points:
+            share = 0.5 if error is None else (max(errors) - error) / max(np.ptp(errors), 1e-9)
+            axes.scatter(
+                x, y, s=30 + 220 * share, c=colour, alpha=0.6, linewidths=0.6, edgecolors="black"
+            )
+        for colour, label in zip(COLOURS, ("as published", "trained here"), strict=True):
+            axes.scatter([], [], c=colour, label=label, linewidths=0.6, edgecolors="black")
+        axes.margins(0.08)
+        # The names stand in a column, in the order of the points, each joined to its own.
+        for place, (x, y, _, name, _) in zip(
+            np.linspace(0.02, 0.98, len(points)), points, strict=True
+        ):
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(1.04, place),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"},
+            )
         axes.set(xlabel=f"{titles[0]}, %", ylabel=f"{titles[1]}, %")
-        axes.margins(0.1)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper left")
         _save(figure, path)
 
 
@@ -221,7 +225,7 @@ def sensitivity(found: Mapping[str, Any], path: Path) -> None:
 
 
 def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Path) -> None:
-    """Draw paired t-SNE maps of the first two modalities, lines joining the pairs.
+    """Draw paired t-SNE maps of language and vision, or the first two, lines joining the pairs.
 
     Each map is one t-SNE of both modalities together. The numbers under it are measured in the
     feature space, since distances in a map mean little: the distance between the modalities'
@@ -244,7 +248,7 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
             for axes, stage in zip(row, columns, strict=True):
                 axes.set(xticks=[], yticks=[])
                 if stage in stages:
-                    names = list(stages[stage])[:2]
+                    names = _two(list(stages[stage]))
                     x, y = (stages[stage][name] for name in names)
                     _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
                     axes.set_xlabel(
@@ -268,6 +272,11 @@ def pair_ratio(x: Array, y: Array) -> float:
     within = np.trace(distances) / count
     across = (distances.sum() - np.trace(distances)) / max(count * (count - 1), 1)
     return float(within / max(across, 1e-12))
+
+
+def _two(names: list[str]) -> list[str]:
+    """Return language and vision, as in the paper, or the first two."""
+    return ["text", "vision"] if {"text", "vision"} <= set(names) else names[:2]
 
 
 def _draw_pairs(axes: Axes, x: Array, y: Array, names: list[str]) -> None:

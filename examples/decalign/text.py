@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
         from transformers import AutoModel
 
         self.frozen = text.frozen
-        self.transformer = AutoModel.from_pretrained(text.name)
+        self.transformer = AutoModel.from_pretrained(text.name).float()
         # It would read the first token alone, and no gradient would reach it.
         if getattr(self.transformer, "pooler", None) is not None:
             self.transformer.pooler = None

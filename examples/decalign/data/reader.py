@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-__all__ = ["RefusedPickleError", "convert", "read_dataset", "read_pickle"]
+__all__ = ["RefusedPickleError", "convert", "read_dataset", "read_pickle", "write_dataset"]
 
 Splits = dict[str, dict[str, Any]]
 """For each split, by key: an array, or a list of strings or numbers."""
@@ -143,7 +143,12 @@ def read_dataset(path: str | Path) -> Splits:
 
 
 def convert(source: str | Path, destination: str | Path) -> None:
-    """Write a pickle once as a safetensors file: no code, and mapped into memory when read.
+    """Write a pickle once as a safetensors file: no code, and mapped into memory when read."""
+    write_dataset(read_pickle(source), destination)
+
+
+def write_dataset(splits: Splits, destination: str | Path) -> None:
+    """Write splits as a safetensors file.
 
     Lists of strings become part of its header; everything else becomes an array.
     """
@@ -152,7 +157,7 @@ def convert(source: str | Path, destination: str | Path) -> None:
         raise ValueError(f"destination must end in .safetensors; got {destination}")
     arrays: dict[str, np.ndarray] = {}
     texts: dict[str, dict[str, list[str]]] = {}
-    for split, table in read_pickle(source).items():
+    for split, table in splits.items():
         for key, value in table.items():
             array = np.asarray(value)
             if array.dtype.kind in "US":
