@@ -168,7 +168,7 @@ def test_a_folder_belongs_to_one_configuration(samples, tmp_path):
 def test_best_epoch_can_be_chosen(samples, tmp_path):
     run = [config_of("iemocap"), f"--data.path={samples['iemocap']}"]
     # So high a rate spoils what the first epoch has learnt.
-    options = ["--select=best", "--model.learning_rate=3.0", "--model.schedule=constant"]
+    options = ["--select=best", "--model.learning_rate=0.3", "--model.schedule=constant"]
     main(["fit", *run, *small(tmp_path, *options, epochs=3)])
     losses = [float(row["val/loss"]) for row in read_log(tmp_path)]
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, group
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torchmetrics import MeanMetric, MetricCollection
 
 from examples.decalign.data import Batch
 from examples.decalign.metrics import make_metrics
@@ -106,6 +107,8 @@ class MultimodalTask(lightning.LightningModule):
         metrics = make_metrics(target)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        # Exact where the processes evaluate unequal parts.
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
 
     def setup(self, stage: str) -> None:
         """Let the losses see the samples of all processes, now that these are connected."""
@@ -141,11 +144,11 @@ class MultimodalTask(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the task's loss and the metrics of the validation split."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the task's loss and the metrics of the test split."""
-        self._evaluate(batch, "test", self.test_metrics)
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Output:
         """Return the logits of a batch and the features behind them."""
@@ -202,13 +205,14 @@ class MultimodalTask(lightning.LightningModule):
             return MISAObjective(self.target, score, process_group)
         return Objective(self.target, self.losses, self.switches, process_group)
 
-    def _evaluate(self, batch: Batch, stage: str, metrics: Any) -> None:
-        target: Target = self.target
+    def _evaluate(
+        self, batch: Batch, stage: str, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> None:
         logits = self(batch).logits
-        loss = target.loss(logits, batch.targets, self.losses.score)
         size = len(batch.targets)
-        self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True, on_epoch=True)
-        metrics.update(target.predict(logits).float(), batch.targets)
+        mean_loss.update(self.target.loss(logits, batch.targets, self.losses.score), size)
+        self.log(f"{stage}/loss", mean_loss, batch_size=size)
+        metrics.update(self.target.predict(logits).float(), batch.targets)
         self.log_dict(metrics, batch_size=size, prog_bar=stage == "val")
 
 
