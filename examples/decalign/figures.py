@@ -126,7 +126,7 @@ def category_bars(
         lowest = min(100 * np.stack(v).mean(0).min() for v in scores.values())
         if lowest > 60:
             # The axis is cut, and says so.
-            axes.set_ylim(bottom=np.floor(lowest / 10) * 10 - 5)
+            axes.set_ylim(np.floor(lowest / 10) * 10 - 5, 100)
             axes.set_ylabel("F1 of the category, % (axis cut)")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=len(scores), frameon=False, fontsize=8)
