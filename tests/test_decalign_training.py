@@ -136,6 +136,18 @@ def test_fit_leaves_everything(name, samples, bert, tmp_path):
         )
         assert features["unique/audio"].shape == (11, 8)
 
+    # A checkpoint can be named, and evaluated elsewhere on other data.
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    elsewhere = tmp_path / "elsewhere"
+    missing = json.dumps({"test": {"vision": 1.0}})
+    main(
+        [
+            *("test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={checkpoint}"),
+            *(f"--trainer.default_root_dir={elsewhere}", f"--data.missing={missing}"),
+        ]
+    )
+    assert json.loads((elsewhere / "metrics.json").read_text()) != metrics
+
     # The commands evaluate the folder's checkpoint.
     for file in ("metrics.json", "predictions.csv"):
         (tmp_path / file).rename(tmp_path / f"fitted_{file}")

@@ -55,6 +55,8 @@ class DecAlignCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         # A run that goes on finds its checkpoints, and that is meant.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # A checkpoint may be evaluated in another folder.
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
         # Between Lightning and torch.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         super().__init__(
@@ -88,6 +90,13 @@ class DecAlignCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args` alone; Lightning would also look at the calling process's."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is given.
+
+        Lightning would parse a checkpoint's options into it, among them those that come from the
+        data and are no arguments.
+        """
 
     @property
     def folder(self) -> Path:
