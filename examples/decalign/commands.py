@@ -168,9 +168,7 @@ def ablate(args: Sequence[str] | None = None) -> None:
         variants |= HALVES[half][0]
     scores = _collect(task.train(variants))
     write_atomically(task.output / "ablation.json", json.dumps(summarise(scores), indent=2) + "\n")
-    metrics = ["accuracy", "weighted_f1"]
-    if task.data.target.kind == "score":
-        metrics = ["mae", "f1" if task.data.published == "sims" else "f1_nonzero"]
+    metrics = ["accuracy" if task.data.target.kind == "class" else "mae", _f1(task.data)]
     described = json.loads((task.output / "data.json").read_text())
     paper = read_published()["table_2"].get(described["published"], {})
     texts = []
@@ -215,7 +213,7 @@ def sensitivity(args: Sequence[str] | None = None) -> None:
         for alpha, beta in product(alphas, betas)
     }
     scores = _collect(task.train(variants))
-    metric = "weighted_f1" if task.data.target.kind == "class" else "f1_nonzero"
+    metric = _f1(task.data)
     grid = [[scores[f"alpha_{alpha}_beta_{beta}"][metric] for beta in betas] for alpha in alphas]
     found = {
         "metric": metric,
@@ -264,6 +262,13 @@ def _parse(
         workers=options.workers,
         shared=shared,
     )
+
+
+def _f1(data: ModalityData) -> str:
+    """Return which F1 stands beside the paper's; see `table`."""
+    if data.target.kind == "class":
+        return "weighted_f1"
+    return "f1" if data.published == "sims" else "f1_nonzero"
 
 
 def _collect(groups: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, list[float]]]:

@@ -210,7 +210,9 @@ class MultimodalTask(lightning.LightningModule):
     ) -> None:
         logits = self(batch).logits
         size = len(batch.targets)
-        mean_loss.update(self.target.loss(logits, batch.targets, self.losses.score), size)
+        loss = self.target.loss(logits, batch.targets, self.losses.score)
+        # Once a sample, not weighted: torchmetrics 1.9 drops weights where NaN is to be kept.
+        mean_loss.update(loss.expand(size))
         self.log(f"{stage}/loss", mean_loss, batch_size=size)
         metrics.update(self.target.predict(logits).float(), batch.targets)
         self.log_dict(metrics, batch_size=size, prog_bar=stage == "val")
