@@ -12,7 +12,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yaml
+EXAMPLE := examples.decalign
+DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -26,7 +27,8 @@ test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-trit
 	$(PY) -m pytest $(ARGS)
 
 example: $(VENV)/.installed-example ## Train and evaluate the reference model on digits
-	$(PY) -m $(EXAMPLE) $(ARGS)
+	$(PY) -m $(EXAMPLE) ablate --halves modules $(DIGITS) $(ARGS)
+	$(PY) -m $(EXAMPLE) figures runs/decalign-digits
 
 lint: $(VENV)/.installed-lint ## Check style and formatting
 	$(PY) -m ruff check .

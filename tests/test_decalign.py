@@ -1,6 +1,5 @@
-"""The reference model: its parts, its data, and its commands from end to end."""
+"""The reference model: its network, its objective and its baselines."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,21 +7,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from sklearn.datasets import load_digits
-from sklearn.metrics import accuracy_score, f1_score
 
-from examples.decalign import encoders, figures, table
-from examples.decalign.__main__ import main
-from examples.decalign.baseline import logistic_scores
+from examples.decalign import encoders
 from examples.decalign.cli import DecAlignCLI
-from examples.decalign.data import VIEWS, Batch, DigitsData, split_rows
-from examples.decalign.model import DecAlign, Network
+from examples.decalign.data import Batch
+from examples.decalign.misa import MISA, MISAObjective
+from examples.decalign.model import DecAlign
+from examples.decalign.mult import MulT
+from examples.decalign.network import Network
 from examples.decalign.objective import Losses, Objective
 from examples.decalign.switches import Switches
-from examples.decalign.task import DecAlignTask
+from examples.decalign.targets import SENTIMENT, Target
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "decalign" / "configs"
-DIGITS = str(CONFIGS / "digits.yaml")
+CLASSES = Target(kind="class", categories=("a", "b", "c"))
 SMALL = Network(width=8, length=4, heads=2, layers=1)
 # Ten components, and covariances that 24 samples carry.
 LOSSES = Losses(
@@ -53,7 +51,7 @@ def make_model(batch, *, network=SMALL, switches=None):
 
 def loss_terms(batch, *, switches=None, network=SMALL, losses=LOSSES):
     model = make_model(batch, network=network, switches=switches)
-    terms = Objective(3, losses, switches)(model(batch.features, batch.masks), batch.targets)
+    terms = Objective(CLASSES, losses, switches)(model(batch.features, batch.masks), batch.targets)
     return model, terms
 
 
@@ -282,211 +280,178 @@ def test_proto_ot_leaves_the_second_term():
     torch.testing.assert_close(terms["hete"], terms["prototype"])
 
 
-def parse_losses(*files):
+# --- contrastive training ----------------------------------------------------------------------
+
+
+def contrastive_reference(features, labels, temperature):
+    """Khosla et al. (2020), Eq. 2, by loops."""
+    z = torch.nn.functional.normalize(features.double(), dim=1)
+    total, anchors = 0.0, 0
+    for i in range(len(z)):
+        positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+        if positives:
+            others = torch.stack([z[i] @ z[a] for a in range(len(z)) if a != i]) / temperature
+            hits = [z[i] @ z[p] / temperature - others.logsumexp(0) for p in positives]
+            total, anchors = total - sum(hits) / len(hits), anchors + 1
+    return total / anchors
+
+
+def test_contrastive_term_is_supervised_contrast_of_all_modalities():
+    batch = make_batch(count=9)
+    masks = {"text": (torch.arange(9) > 2).unsqueeze(1).expand(9, 5)}
+    model, switches = make_model(batch), Switches(ct=True)
+    output = model(batch.features, masks)
+    terms = Objective(CLASSES, Losses(**{**asdict(LOSSES), "gamma": 0.2}), switches)(
+        output, batch.targets
+    )
+    there = torch.stack(output.present)
+    features = torch.stack(output.common)[there]
+    labels = batch.targets.expand_as(there)[there]
+    assert len(features) == 24
+    expected = contrastive_reference(features, labels, 0.1)
+    torch.testing.assert_close(terms["ct"].double(), expected, rtol=1e-4, atol=1e-5)
+    rest = terms["task"] + terms["dec"] + 0.05 * (terms["hete"] + terms["homo"])
+    torch.testing.assert_close(terms["loss"], rest + 0.2 * terms["ct"])
+
+
+def test_contrastive_training_of_a_score_contrasts_its_categories():
+    batch = make_batch(count=8)
+    scores = torch.tensor([-3.0, -2.9, -0.2, 0.1, 0.4, 1.9, 2.2, 2.8])
+    model = DecAlign({name: x.shape[-1] for name, x in batch.features.items()}, 1, SMALL)
+    output = model(batch.features)
+    terms = Objective(SENTIMENT, LOSSES, Switches(ct=True))(output, scores)
+    labels = torch.tensor([0, 0, 3, 3, 3, 5, 5, 6]).repeat(3)
+    expected = contrastive_reference(torch.cat(output.common), labels, 0.1)
+    torch.testing.assert_close(terms["ct"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- configurations ----------------------------------------------------------------------------
+
+
+def parse(*files):
     args = [f"--config={CONFIGS / file}" for file in files]
-    options = DecAlignCLI([*args, "--trainer.logger=false"], run=False).config["model"]
-    return Losses(**options["losses"].as_dict()), Network(**options["network"].as_dict())
+    model = DecAlignCLI(args, run=False).config["model"]
+    return Losses(**model["losses"].as_dict()), Network(**model["network"].as_dict()), model
 
 
 def test_configurations():
-    losses, network = parse_losses("paper.yaml")
-    assert (losses, network) == (Losses(), Network())
-    losses, network = parse_losses("digits.yaml", "released.yaml")
-    assert network.pde == "mlp"
-    assert network.layers == 2
-    assert losses.prototypes["objective"] == "regularized"
-    losses, _ = parse_losses("digits.yaml", "paper.yaml")
+    losses, network, _ = parse("digits.yaml", "paper.yaml")
     assert losses == Losses()
+    assert network.context == Network().context
+    assert network.pde == Network().pde
+    losses, network, model = parse("digits.yaml", "released.yaml")
+    assert network.pde == "mlp"
+    assert (network.width, network.heads, network.layers, network.kernel_size) == (40, 10, 5, 1)
+    assert losses.score == "l1"
+    assert losses.prototypes["objective"] == "regularized"
+    assert model["learning_rate"] == 2e-4
 
 
-@pytest.mark.parametrize("file", ["paper.yaml", "released.yaml", "digits.yaml"])
-def test_configuration_trains(file):
-    losses, network = parse_losses(file)
-    batch = make_batch(count=40)
-    batch = batch._replace(targets=batch.targets.remainder(3))
-    model, terms = loss_terms(
-        batch, network=network, losses=Losses(**{**asdict(losses), "alpha": 0.05})
+TABLE_4 = {
+    # attention (audio, vision, text), relu, embedding, residual, output, text, width, heads,
+    # rate, clipping, encoder
+    "mosi": (0.3, 0.1, 0.4, 0.1, 0.3, 0.1, 0.6, 0.5, 32, 8, 5e-5, 0.5, "bert-base-uncased"),
+    "mosei": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 64, 8, 1e-4, 0.6, "bert-base-uncased"),
+    "iemocap": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 48, 4, 1e-4, 0.6, None),
+    "sims": (0.3, 0.1, 0.4, 0.1, 0.3, 0.1, 0.6, 0.5, 32, 8, 5e-5, 0.5, "bert-base-chinese"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_configuration_is_table_4(name):
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    model, network = config["model"], config["model"]["network"]
+    attention = network["attention_dropout"]
+    if isinstance(attention, float):
+        attention = dict.fromkeys(("audio", "vision", "text"), attention)
+    found = (
+        *(attention[modality] for modality in ("audio", "vision", "text")),
+        network["relu_dropout"],
+        network["embedding_dropout"],
+        network["residual_dropout"],
+        network["output_dropout"],
+        network["input_dropout"]["text"],
+        network["width"],
+        network["heads"],
+        model["learning_rate"],
+        config["trainer"]["gradient_clip_val"],
+        model.get("text", {}).get("name"),
     )
+    assert found == TABLE_4[name]
+    assert network["kernel_size"] == 5
+    assert network["layers"] == 4
+    assert config["data"]["init_args"]["batch_size"] == 32
+    assert (model["weight_decay"], model["patience"]) == (0.005, 5)
+    assert config["trainer"]["max_epochs"] == 50
+    # The losses are the defaults, and these the paper's.
+    assert "losses" not in model
+
+
+@pytest.mark.parametrize("files", [["paper.yaml"], ["released.yaml"], []])
+def test_configuration_trains(files):
+    losses, network, _ = parse("digits.yaml", *files)
+    batch = make_batch(count=40)
+    model, terms = loss_terms(batch, network=network, losses=losses)
     terms["loss"].backward()
     for parameter in model.parameters():
         assert torch.isfinite(parameter.grad).all()
 
 
-# --- data --------------------------------------------------------------------------------------
+# --- baselines ---------------------------------------------------------------------------------
 
 
-def test_views_are_the_images():
-    images = load_digits().images.astype(np.float32)
-    upper, lower, coarse = (VIEWS[name](images) for name in ("upper", "lower", "coarse"))
-    assert upper.shape[1:] == (4, 8)
-    assert lower.shape[1:] == (8, 4)
-    assert coarse.shape[1:] == (1, 16)
-    joined = np.concatenate([upper, lower.transpose(0, 2, 1)], 1)
-    np.testing.assert_array_equal(joined, images)
-    np.testing.assert_allclose(coarse[7, 0, 1], images[7, :2, 2:4].mean())
+@pytest.mark.parametrize("baseline", [MulT, MISA])
+@pytest.mark.parametrize("names", [("text", "audio"), tuple(SHAPES)])
+def test_baseline_learns_from_every_modality(baseline, names):
+    batch = make_batch(names)
+    modalities = {name: x.shape[-1] for name, x in batch.features.items()}
+    model = baseline(modalities, 3, Network(width=8, length=4, heads=2, layers=1, **no_dropout()))
+    output = model(batch.features)
+    assert output.logits.shape == (24, 3)
+    objective = MISAObjective(CLASSES) if baseline is MISA else None
+    loss = objective(output, batch.targets)["loss"] if objective else output.logits.square().sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        assert "in_proj_bias" in name or parameter.grad.abs().sum() > 0, name
+    for name in names:
+        other = {**batch.features, name: torch.randn_like(batch.features[name])}
+        assert not torch.allclose(model(other).logits, output.logits, atol=1e-4)
 
 
-def test_splits_are_stratified_disjoint_and_fixed():
-    targets = load_digits().target
-    rows = split_rows(targets, 0.1)
-    assert {name: len(chosen) for name, chosen in rows.items()} == {
-        "train": 1212,
-        "validation": 135,
-        "test": 450,
-    }
-    assert len(np.unique(np.concatenate(list(rows.values())))) == len(targets)
-    shares = np.bincount(targets[rows["test"]]) / np.bincount(targets)
-    assert np.abs(shares - 0.25).max() < 0.01
-    np.random.seed(123)  # noqa: NPY002
-    np.testing.assert_array_equal(split_rows(targets, 0.3)["test"], rows["test"])
+@pytest.mark.parametrize("baseline", [MulT, MISA])
+def test_baseline_does_not_see_what_is_missing(baseline):
+    batch = make_batch()
+    modalities = {name: x.shape[-1] for name, x in batch.features.items()}
+    model = baseline(modalities, 3, SMALL).eval()
+    masks = {"text": (torch.arange(24) % 3 > 0).unsqueeze(1).expand(24, 5)}
+    results = []
+    for value in (0.0, torch.nan):
+        text = batch.features["text"].masked_fill(~masks["text"].unsqueeze(-1), value)
+        model.zero_grad()
+        output = model({**batch.features, "text": text}, masks)
+        if baseline is MISA:
+            MISAObjective(CLASSES)(output, batch.targets)["loss"].backward()
+        else:
+            output.logits.sum().backward()
+        results.append([output.logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for first, second in zip(*results):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        assert torch.isfinite(first).all()
 
 
-def test_standardised_by_the_training_split_alone(monkeypatch):
-    data = DigitsData()
-    data.setup()
-    for name, x in data.splits["train"].samples.features.items():
-        assert x.shape[-1] == data.modalities[name]
-        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1:]), atol=1e-5, rtol=0)
-        spread = x.std(0, correction=0)
-        assert ((spread - 1).abs().lt(1e-4) | (spread == 0)).all()
-        assert torch.isfinite(data.splits["test"].samples.features[name]).all()
+def test_misa_terms_by_hand():
+    batch = make_batch(("text", "audio"), count=6)
+    modalities = {name: x.shape[-1] for name, x in batch.features.items()}
+    output = MISA(modalities, 3, SMALL).eval()(batch.features)
+    terms = MISAObjective(CLASSES)(output, batch.targets)
 
-    # Other test images change nothing that training sees.
-    digits = load_digits()
-    digits.images[split_rows(digits.target, 0.1)["test"]] *= -3
-    monkeypatch.setattr("examples.decalign.data.load_digits", lambda: digits)
-    other = DigitsData()
-    other.setup()
-    for name, x in data.splits["train"].samples.features.items():
-        assert torch.equal(other.splits["train"].samples.features[name], x)
+    def cosines(x, y):
+        return torch.nn.functional.cosine_similarity(x, y).square().mean()
 
-
-def test_loaders_give_whole_batches():
-    data = DigitsData(batch_size=100)
-    data.setup()
-    batches = list(data.train_dataloader())
-    assert [len(batch.targets) for batch in batches] == [100] * 12
-    assert batches[0].features["lower"].shape == (100, 8, 4)
-    [test] = data.test_dataloader()
-    assert torch.equal(test.targets, data.splits["test"].samples.targets)
-    assert data.splits["test"][3].targets.shape == (1,)
-
-
-def test_no_view_suffices_alone():
-    scores = {name: values["accuracy"] for name, values in logistic_scores(DigitsData()).items()}
-    assert scores["logistic"] > 0.95
-    assert max(scores[f"logistic_{view}"] for view in VIEWS) < 0.93
-
-
-# --- training and commands ---------------------------------------------------------------------
-
-
-def test_metrics_agree_with_scikit_learn():
-    task = DecAlignTask({"a": 2, "b": 2}, 4, SMALL)
-    logits, targets = torch.randn(60, 4), torch.randint(4, (60,))
-    for part in (slice(40), slice(40, 60)):
-        task.test_metrics.update(logits[part], targets[part])
-    scores = task.test_metrics.compute()
-    predictions = logits.argmax(-1)
-    assert scores["test/accuracy"] == pytest.approx(accuracy_score(targets, predictions))
-    assert scores["test/weighted_f1"] == pytest.approx(
-        f1_score(targets, predictions, average="weighted")
-    )
-
-
-def quick(folder):
-    return [
-        f"--config={DIGITS}",
-        "--trainer.max_epochs=1",
-        "--trainer.limit_train_batches=2",
-        "--trainer.log_every_n_steps=1",
-        f"--trainer.default_root_dir={folder}",
-        "--model.network.layers=1",
-        "--model.losses.prototypes.em_iterations=2",
-    ]
-
-
-# Evaluating a checkpoint logs to a folder of its own.
-@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-@pytest.mark.parametrize("schedule", ["onecycle", "plateau", "constant"])
-def test_fit_and_test_commands(schedule, tmp_path, capsys):
-    run = [
-        *quick(tmp_path),
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
-        f"--model.schedule={schedule}",
-    ]
-    main(["fit", *run])
-    [checkpoint] = tmp_path.glob("fit/version_0/checkpoints/*.ckpt")
-    logged = (tmp_path / "fit/version_0/metrics.csv").read_text().splitlines()[0].split(",")
-    assert {f"{stage}/{term}" for stage in ("train", "val") for term in TERMS} <= set(logged)
-    assert {"val/accuracy", "val/weighted_f1"} <= set(logged)
-
-    main(["test", *run, f"--ckpt_path={checkpoint}"])
-    assert "test/weighted_f1" in capsys.readouterr().out
-
-    task = DecAlignTask.load_from_checkpoint(checkpoint)
-    assert task.network.context == yaml.safe_load(Path(DIGITS).read_text())["model"]["network"].get(
-        "context", "self"
-    )
-
-
-def test_table_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "SHOWN_PAIRS", 10)
-    output = tmp_path / "runs"
-    main(
-        [
-            "table",
-            *quick(tmp_path),
-            f"--output={output}",
-            "--seeds=1",
-            "--workers=1",
-        ]
-    )
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert list(metrics) == [
-        "full",
-        "no_mfd",
-        "no_hete",
-        "no_homo",
-        "logistic",
-        *(f"logistic_{view}" for view in VIEWS),
-    ]
-    for model in metrics.values():
-        assert list(model) == ["accuracy", "weighted_f1"]
-        for score in model.values():
-            assert list(score) == ["mean", "std", "seeds"]
-            assert len(score["seeds"]) == 1
-            assert 0 <= score["mean"] <= 1
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in metrics)
-    for name in ("confusion_matrix.png", "modality_gap.png"):
-        assert (output / name).read_bytes().startswith(b"\x89PNG")
-
-    task = DecAlignTask.load_from_checkpoint(output / "full.ckpt", map_location="cpu")
-    data = DigitsData()
-    data.setup()
-    [batch] = data.test_dataloader()
-    predictions = task.eval()(batch).logits.argmax(-1)
-    accuracy = (predictions == batch.targets).float().mean().item()
-    assert accuracy == pytest.approx(metrics["full"]["accuracy"]["mean"])
-
-
-def test_intervals_are_student_t():
-    metrics = {"accuracy": [0.97, 0.98, 0.975]}
-    reference = {"accuracy": [0.96, 0.96, 0.96]}
-    # mean 1.5, standard error 0.5 / sqrt(3), quantile 4.303
-    assert table._difference(metrics, reference) == "+1.50 [+0.26, +2.74] *"
-    assert table._difference({"accuracy": [0.96, 0.97, 0.95]}, reference).endswith("]  ")
-    summary = table._summary({"full": {"accuracy": [0.97, 0.98, 0.975]}})
-    assert summary["full"]["accuracy"]["std"] == pytest.approx(0.005)
-
-
-def test_gap_measures():
-    x = np.random.default_rng(0).normal(size=(400, 6))
-    assert figures.centre_gap(x, x) == 0
-    assert figures.pair_ratio(x, x) == 0
-    shifted = x + 10.0
-    assert figures.centre_gap(x, shifted) == pytest.approx(10.0, rel=0.1)
-    assert figures.pair_ratio(x, np.flip(x, 0)) == pytest.approx(1.0, rel=0.05)
+    (u, v), (c, d) = output.unique, output.common
+    torch.testing.assert_close(terms["difference"], cosines(u, c) + cosines(v, d) + cosines(u, v))
+    error = [(x - y).square().mean() for x, y in zip(output.pooled, output.rebuilt)]
+    torch.testing.assert_close(terms["reconstruction"], sum(error) / 2)
+    total = terms["task"] + terms["similarity"] + 0.3 * terms["difference"]
+    torch.testing.assert_close(terms["loss"], total + terms["reconstruction"])

@@ -1,20 +1,51 @@
-"""The command line of one training: LightningCLI with YAML configuration files."""
+"""The command line of one training: LightningCLI, YAML files, and a folder for what comes of it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
+import subprocess
+import sys
 import warnings
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
-from examples.decalign.data import DigitsData
-from examples.decalign.task import DecAlignTask
+import multialign
+from examples.decalign.callbacks import (
+    EpochLog,
+    MetricsWriter,
+    PredictionWriter,
+    RandomState,
+    write_atomically,
+)
+from examples.decalign.data import ModalityData
+from examples.decalign.task import MultimodalTask
 
 __all__ = ["DecAlignCLI"]
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "transformers",
+    "pytorch-metric-learning",
+    "scikit-learn",
+    "numpy",
+)
 
 
 class DecAlignCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict``; the modalities come from the data.
+
+    The folder of a run is `trainer.default_root_dir`. `fit` continues what it finds there if it was
+    started with the same options, and ends by evaluating the test split.
 
     Args:
         args: The arguments; None stands for the process's own.
@@ -22,24 +53,159 @@ class DecAlignCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        # The data lie in memory: there is nothing for a worker to load.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # A run that goes on finds its checkpoints, and that is meant.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # A checkpoint may be evaluated in another folder.
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
         # Between Lightning and torch.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         super().__init__(
-            DecAlignTask,
-            DigitsData,
+            MultimodalTask,
+            ModalityData,
+            subclass_mode_data=True,
             args=args,
             auto_configure_optimizers=False,
             seed_everything_default=1,
+            save_config_callback=None,
+            trainer_defaults={
+                "logger": False,
+                "num_sanity_val_steps": 0,
+                # `GlobalOrder` deals the samples itself.
+                "use_distributed_sampler": False,
+            },
             **kwargs,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data say how many modalities and classes there are."""
-        for name in ("modalities", "num_classes"):
+        """Let the data say what there is and what is asked for."""
+        for name in ("modalities", "target"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--select",
+            choices=["last", "best"],
+            default="last",
+            help="the epoch that fit evaluates: the last, or that of the lowest validation loss",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args` alone; Lightning would also look at the calling process's."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is given.
+
+        Lightning would parse a checkpoint's options into it, among them those that come from the
+        data and are no arguments.
+        """
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.options.trainer.default_root_dir or "runs/default")
+
+    @property
+    def options(self) -> Any:
+        """The configuration of the command."""
+        return self.config.get(str(self.subcommand), self.config)
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint to go on from, or to evaluate."""
+        if self.subcommand is None:
+            return
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit":
+            self._record()
+            if last.is_file():
+                self.options.ckpt_path = str(last)
+        elif self.options.ckpt_path is None:
+            if not last.is_file():
+                raise FileNotFoundError(
+                    f"ckpt_path must name a checkpoint where {last} does not exist"
+                )
+            self.options.ckpt_path = str(last)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return a trainer that keeps the folder."""
+        theirs = self._get(self.config_init, "trainer.callbacks", default=None) or []
+        return super().instantiate_trainer(
+            callbacks=[*theirs, *_callbacks(self.folder)], default_root_dir=self.folder, **kwargs
+        )
+
+    def after_fit(self) -> None:
+        """Evaluate the test split."""
+        chosen = None
+        if self.options.select == "best":
+            chosen = str(self.folder / "checkpoints" / "best.ckpt")
+        shown = self.trainer.progress_bar_callback is not None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=shown)
+        self.trainer.predict(
+            self.model, datamodule=self.datamodule, ckpt_path=chosen, return_predictions=False
+        )
+
+    @rank_zero_only
+    def _record(self) -> None:
+        """Write configuration and versions, or compare the configuration with what is there."""
+        parser = self._parser(self.subcommand)
+        config = parser.dump(self.options)
+        path = self.folder / "config.yaml"
+        if path.is_file() and path.read_text() != config:
+            raise FileExistsError(
+                f"{path} is of a run with other options: give another --trainer.default_root_dir "
+                "or remove that folder"
+            )
+        write_atomically(path, config)
+        environment = self.folder / "environment.json"
+        write_atomically(environment, json.dumps(_environment(self.options), indent=2) + "\n")
+
+
+def _callbacks(folder: Path) -> list[Any]:
+    """Return what writes the folder, the checkpoints last: they contain the others' state."""
+    checkpoints = {
+        "dirpath": folder / "checkpoints",
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    return [
+        RandomState(),
+        EpochLog(folder / "log.csv"),
+        MetricsWriter(folder / "metrics.json"),
+        PredictionWriter(folder),
+        ModelCheckpoint(filename="best", monitor="val/loss", **checkpoints),
+        ModelCheckpoint(filename="last", **checkpoints),
+    ]
+
+
+def _environment(options: Any) -> dict[str, Any]:
+    """Return what a number depends on besides the configuration."""
+    found: dict[str, Any] = {
+        "seed": options.seed_everything,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "multialign": multialign.__version__,
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["commit"] = _commit()
+    path = options.data.init_args.get("path")
+    if path is not None and Path(path).is_file():
+        digest = hashlib.sha256()
+        with Path(path).open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        found["data"] = f"sha256:{digest.hexdigest()}"
+    found["command"] = sys.argv
+    return found
+
+
+def _commit() -> str | None:
+    """Return the commit of the working tree, marked where it was changed; None outside git."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

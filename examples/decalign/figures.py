@@ -1,9 +1,10 @@
-"""Figures: the confusion matrix, and the gap between two modalities before and after alignment."""
+"""The drawings of Figures 1, 3, 4 and 5."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,8 +14,17 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
+from sklearn.metrics import confusion_matrix as skl_confusion
+from sklearn.metrics import f1_score
 
-__all__ = ["confusion_matrix", "modality_gap"]
+__all__ = [
+    "bubbles",
+    "category_bars",
+    "category_f1",
+    "confusion_matrices",
+    "modality_gap",
+    "sensitivity",
+]
 
 Array = NDArray[np.floating]
 
@@ -31,49 +41,191 @@ COLOURS = ("#0072B2", "#E69F00")
 SHOWN_PAIRS = 200
 
 
-def confusion_matrix(
-    targets: NDArray[np.int64], predictions: NDArray[np.int64], path: Path
+def confusion_matrices(
+    models: Mapping[str, tuple[Array, Array]], categories: Sequence[str], path: Path
 ) -> None:
-    """Draw true against predicted classes, in per cent of each true class."""
-    classes = np.union1d(targets, predictions)
-    counts = np.zeros((len(classes), len(classes)))
-    np.add.at(counts, (np.searchsorted(classes, targets), np.searchsorted(classes, predictions)), 1)
-    rates = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    """Draw true against predicted categories of each model, in per cent of each true one.
 
+    Args:
+        models: Labels and predictions by model, both as indices of `categories`.
+        categories: Their names.
+        path: The PNG to write.
+    """
+    count = len(categories)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 4.0), layout="constrained")
+        figure = Figure(figsize=(0.6 + 3.6 * len(models), 4.0), layout="constrained")
+        grid = figure.subplots(1, len(models), squeeze=False)[0]
+        for axes, (model, (labels, predicted)) in zip(grid, models.items(), strict=True):
+            counts = skl_confusion(labels, predicted, labels=range(count))
+            rates = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+            image = axes.imshow(rates, cmap="Blues", vmin=0, vmax=100)
+            for row, column in zip(*np.nonzero(rates), strict=True):
+                rate = rates[row, column]
+                axes.text(
+                    column,
+                    row,
+                    f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if rate > 50 else "black",
+                )
+            axes.set(
+                xticks=range(count),
+                yticks=range(count),
+                xticklabels=categories,
+                yticklabels=categories,
+                xlabel="predicted",
+            )
+            long = max(map(len, categories)) > 3
+            axes.tick_params(axis="x", rotation=45 if long else 0)
+            accuracy = 100 * np.mean(labels == predicted)
+            axes.set_title(f"{model}: {accuracy:.1f} % right")
+        grid[0].set_ylabel("true")
+        bar = figure.colorbar(image, ax=grid, shrink=0.9)
+        bar.set_label("% of the true category")
+        bar.outline.set_linewidth(0.6)
+        _save(figure, path)
+
+
+def category_f1(labels: Array, predicted: Array, count: int) -> Array:
+    """Return the F1 of each category, 0 for one that is neither there nor predicted."""
+    return np.asarray(
+        f1_score(labels, predicted, labels=range(count), average=None, zero_division=0)
+    )
+
+
+def category_bars(
+    scores: Mapping[str, Sequence[Array]], categories: Sequence[str], path: Path
+) -> None:
+    """Draw each category's F1 under ablation: mean and deviation over seeds.
+
+    Args:
+        scores: For each model, one array of the categories' F1 a seed.
+        categories: Their names.
+        path: The PNG to write.
+    """
+    width = 0.8 / len(scores)
+    places = np.arange(len(categories))
+    shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.9, len(scores)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + 0.85 * len(categories), 3.0), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(rates, cmap="Blues", vmin=0, vmax=100)
-        for row, column in zip(*np.nonzero(rates), strict=True):
-            rate = rates[row, column]
+        for number, (name, values) in enumerate(scores.items()):
+            table = 100 * np.stack(values)
+            axes.bar(
+                places + (number - (len(scores) - 1) / 2) * width,
+                table.mean(0),
+                width,
+                yerr=table.std(0, ddof=1) if len(table) > 1 else None,
+                error_kw={"linewidth": 0.6},
+                color=shades[number],
+                label=name,
+            )
+        axes.set(xticks=places, xticklabels=categories, ylabel="F1 of the category, %")
+        lowest = min(100 * np.stack(v).mean(0).min() for v in scores.values())
+        if lowest > 60:
+            # The axis is cut, and says so.
+            axes.set_ylim(np.floor(lowest / 10) * 10 - 5, 100)
+            axes.set_ylabel("F1 of the category, % (axis cut)")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=len(scores), frameon=False, fontsize=8)
+        _save(figure, path)
+
+
+def bubbles(
+    paper: Mapping[str, tuple[float, float, float | None]],
+    ours: Mapping[str, tuple[float, float, float | None]],
+    titles: tuple[str, str],
+    path: Path,
+) -> None:
+    """Draw two metrics against each other; the larger a bubble, the smaller the model's MAE.
+
+    Args:
+        paper: The published rows: both metrics, and the mean absolute error where there is one.
+        ours: What was trained here, likewise.
+        titles: Of the two metrics.
+        path: The PNG to write.
+    """
+    points = [
+        (100 * x, 100 * y, error, name, colour)
+        for rows, colour in ((paper, COLOURS[0]), (ours, COLOURS[1]))
+        for name, (x, y, error) in rows.items()
+    ]
+    points.sort(key=lambda point: point[1])
+    errors = [error for _, _, error, _, _ in points if error is not None]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for x, y, error, _, colour in points:
+            share = 0.5 if error is None else (max(errors) - error) / max(np.ptp(errors), 1e-9)
+            axes.scatter(
+                x, y, s=30 + 220 * share, c=colour, alpha=0.6, linewidths=0.6, edgecolors="black"
+            )
+        for colour, label in zip(COLOURS, ("as published", "trained here"), strict=True):
+            axes.scatter([], [], c=colour, label=label, linewidths=0.6, edgecolors="black")
+        axes.margins(0.08)
+        # The names stand in a column, in the order of the points, each joined to its own.
+        for place, (x, y, _, name, _) in zip(
+            np.linspace(0.02, 0.98, len(points)), points, strict=True
+        ):
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(1.04, place),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"},
+            )
+        axes.set(xlabel=f"{titles[0]}, %", ylabel=f"{titles[1]}, %")
+        axes.legend(frameon=False, loc="upper left")
+        _save(figure, path)
+
+
+def sensitivity(found: Mapping[str, Any], path: Path) -> None:
+    """Draw a score over the grid of alpha and beta, the mean over seeds.
+
+    Args:
+        found: What the command `sensitivity` writes.
+        path: The PNG to write.
+    """
+    values = 100 * np.asarray(found["values"])
+    means = values.mean(-1)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(means, cmap="Blues", origin="lower")
+        middle = (means.min() + means.max()) / 2
+        for row, column in np.ndindex(means.shape):
+            text = f"{means[row, column]:.1f}"
+            if values.shape[-1] > 1:
+                text += f"\n±{values[row, column].std(ddof=1):.1f}"
             axes.text(
                 column,
                 row,
-                f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
+                text,
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if rate > 50 else "black",
+                color="white" if means[row, column] > middle else "black",
             )
-        ticks = range(len(classes))
         axes.set(
-            xticks=ticks,
-            yticks=ticks,
-            xticklabels=classes,
-            yticklabels=classes,
-            xlabel="predicted digit",
-            ylabel="true digit",
+            xticks=range(len(found["betas"])),
+            yticks=range(len(found["alphas"])),
+            xticklabels=found["betas"],
+            yticklabels=found["alphas"],
+            xlabel=r"$\beta$ (homogeneous)",
+            ylabel=r"$\alpha$ (heterogeneous)",
         )
-        accuracy = 100 * np.mean(targets == predictions)
-        axes.set_title(f"DecAlign, test split, all seeds: accuracy {accuracy:.1f} %")
         bar = figure.colorbar(image, ax=axes, shrink=0.9)
-        bar.set_label("% of the true class")
+        bar.set_label("F1, %")
         bar.outline.set_linewidth(0.6)
         _save(figure, path)
 
 
 def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Path) -> None:
-    """Draw paired t-SNE maps of the first two modalities, lines joining the pairs.
+    """Draw paired t-SNE maps of language and vision, or the first two, lines joining the pairs.
 
     Each map is one t-SNE of both modalities together. The numbers under it are measured in the
     feature space, since distances in a map mean little: the distance between the modalities'
@@ -96,7 +248,7 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
             for axes, stage in zip(row, columns, strict=True):
                 axes.set(xticks=[], yticks=[])
                 if stage in stages:
-                    names = list(stages[stage])[:2]
+                    names = _two(list(stages[stage]))
                     x, y = (stages[stage][name] for name in names)
                     _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
                     axes.set_xlabel(
@@ -120,6 +272,11 @@ def pair_ratio(x: Array, y: Array) -> float:
     within = np.trace(distances) / count
     across = (distances.sum() - np.trace(distances)) / max(count * (count - 1), 1)
     return float(within / max(across, 1e-12))
+
+
+def _two(names: list[str]) -> list[str]:
+    """Return language and vision, as in the paper, or the first two."""
+    return ["text", "vision"] if {"text", "vision"} <= set(names) else names[:2]
 
 
 def _draw_pairs(axes: Axes, x: Array, y: Array, names: list[str]) -> None:

@@ -11,9 +11,6 @@ __all__ = ["Switches"]
 class Switches:
     """Parts of DecAlign. False removes one, its computation and not only its weight.
 
-    The table's contrastive training (CT) is not here: the paper gives no formula for it, and this
-    example depends on no library with a supervised contrastive loss.
-
     Args:
         mfd: Decoupling. Without it there is no common encoder and no Eq. 1: one encoder a
             modality serves the heterogeneous and the homogeneous branch alike.
@@ -25,6 +22,9 @@ class Switches:
             stays.
         sem: Moment matching, Eq. 10.
         mmd: Distribution matching, Eq. 11-12, with the distribution encoder it compares.
+        ct: Contrastive training. Off by default: the table has a column for it, Eq. 13 no term, and
+            the paper no formula. Here it is the supervised contrastive loss (Khosla et al., 2020)
+            of the common features of all modalities, in the categories of the task.
     """
 
     mfd: bool = True
@@ -33,3 +33,4 @@ class Switches:
     proto_ot: bool = True
     sem: bool = True
     mmd: bool = True
+    ct: bool = False

@@ -1,4 +1,4 @@
-"""Training and evaluation of DecAlign as a LightningModule."""
+"""Training and evaluation as a LightningModule: network, objective, metrics, optimiser."""
 
 from __future__ import annotations
 
@@ -6,30 +6,39 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from torch import Tensor
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, group
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torchmetrics import MeanMetric, MetricCollection
 
 from examples.decalign.data import Batch
-from examples.decalign.model import DecAlign, Network, Output
+from examples.decalign.metrics import make_metrics
+from examples.decalign.misa import MISA, MISAObjective
+from examples.decalign.model import DecAlign
+from examples.decalign.mult import MulT
+from examples.decalign.network import Network, Output
 from examples.decalign.objective import Losses, Objective
 from examples.decalign.switches import Switches
+from examples.decalign.targets import Target
+from examples.decalign.text import Text, TextEncoder
 
-__all__ = ["DecAlignTask"]
+__all__ = ["MultimodalTask"]
 
 # Checkpoints hold the options, and Lightning reads them back with `weights_only`.
-torch.serialization.add_safe_globals([Network, Losses, Switches])
+torch.serialization.add_safe_globals([Network, Losses, Switches, Target, Text])
 
 
-class DecAlignTask(lightning.LightningModule):
-    """DecAlign as a classifier: network, objective, metrics and optimiser.
+class MultimodalTask(lightning.LightningModule):
+    """One training: a network on named modalities, its objective, metrics and optimiser.
 
     Args:
         modalities: d_m of each modality; the command line takes it from the data.
-        num_classes: C; likewise.
+        target: What the data ask for; likewise.
+        architecture: "decalign", or a baseline: "mult" has no loss but the task's, "misa" its own.
         network: Sizes and dropout rates.
-        losses: Weights and options of the losses.
+        losses: Weights and options of DecAlign's losses.
         switches: The parts of Table 2 that are on.
+        text: The encoder of a modality that is token ids; needed with such data.
         learning_rate: Of Adam; the highest one where a schedule changes it.
         weight_decay: Of Adam.
         schedule: "onecycle" warms up and anneals over the whole training; "plateau" is the
@@ -41,51 +50,105 @@ class DecAlignTask(lightning.LightningModule):
     def __init__(
         self,
         modalities: dict[str, int],
-        num_classes: int,
+        target: Target,
+        architecture: Literal["decalign", "mult", "misa"] = "decalign",
         network: Network = Network(),  # noqa: B008 (frozen)
         losses: Losses = Losses(),  # noqa: B008
         switches: Switches = Switches(),  # noqa: B008
+        text: Text | None = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.005,
         schedule: Literal["onecycle", "plateau", "constant"] = "plateau",
         patience: int = 5,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(
+            {
+                "modalities": dict(modalities),
+                "target": target,
+                "architecture": architecture,
+                "network": network,
+                "losses": losses,
+                "switches": switches,
+                "text": text,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "patience": patience,
+            }
+        )
+        self.target = target
+        self.architecture = architecture
+        self.losses = losses
+        self.switches = switches
+        self.text = text
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.patience = patience
-        self.network = DecAlign(modalities, num_classes, network, switches)
-        self.objective = Objective(num_classes, losses, switches)
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "weighted_f1": MulticlassF1Score(num_classes, average="weighted"),
-            }
-        )
+        self._plateau: ReduceLROnPlateau | None = None
+        self._plateau_state: dict[str, Any] | None = None
+        tokens = [name for name, width in modalities.items() if width == 0]
+        if len(tokens) != (text is not None):
+            raise ValueError(
+                f"text must name the encoder of one modality of token ids; got {text} for {tokens}"
+            )
+        self.tokens = tokens[0] if tokens else None
+        self.text_encoder = None if text is None else TextEncoder(text)
+        if self.text_encoder is not None:
+            modalities = {**modalities, self.tokens: self.text_encoder.width}
+        self.network: nn.Module
+        if architecture == "decalign":
+            self.network = DecAlign(modalities, target.num_outputs, network, switches)
+        else:
+            baseline = {"mult": MulT, "misa": MISA}[architecture]
+            self.network = baseline(modalities, target.num_outputs, network)
+        self.objective = self._make_objective(None)
+        metrics = make_metrics(target)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        # Exact where the processes evaluate unequal parts.
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+
+    def setup(self, stage: str) -> None:
+        """Let the losses see the samples of all processes, now that these are connected."""
+        if self.trainer.world_size > 1:
+            self.objective = self._make_objective(group.WORLD)
+
+    def on_fit_start(self) -> None:
+        """Give every process random numbers of its own.
+
+        All begin with the same seed, and what has been drawn since differs: Lightning sets the seed
+        again where there are several. The first process of many then draws what a single one would.
+        """
+        torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def forward(self, batch: Batch) -> Output:
         """Return the logits of a batch and the features behind them."""
-        return self.network(batch.features, batch.masks)
+        features, masks = batch.features, batch.masks
+        if self.text_encoder is not None:
+            states, mask = self.text_encoder(features[self.tokens])
+            features = {**features, self.tokens: states}
+            # The data's mask says too which samples miss the text.
+            masks = {**masks, self.tokens: mask & masks.get(self.tokens, mask)}
+        return self.network(features, masks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return Eq. 13, and log each of its terms."""
-        return self._compare(batch, self(batch), "train")
+        """Return the objective, and log each of its terms."""
+        terms = self.objective(self(batch), batch.targets)
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        size = len(batch.targets)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
+        return terms["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the terms and the metrics of the validation split."""
-        output = self(batch)
-        self._compare(batch, output, "val")
-        self.val_metrics.update(output.logits, batch.targets)
-        self.log_dict(self.val_metrics, prog_bar=True, batch_size=len(batch.targets))
+        """Log the task's loss and the metrics of the validation split."""
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the metrics of the test split."""
-        self.test_metrics.update(self(batch).logits, batch.targets)
-        self.log_dict(self.test_metrics, batch_size=len(batch.targets))
+        """Log the task's loss and the metrics of the test split."""
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Output:
         """Return the logits of a batch and the features behind them."""
@@ -93,27 +156,76 @@ class DecAlignTask(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam and the schedule."""
-        optimizer = torch.optim.Adam(
-            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        groups = [{"params": list(self.network.parameters())}]
+        if self.text_encoder is not None and not self.text_encoder.frozen:
+            rate = self.text.learning_rate or self.learning_rate
+            groups.append({"params": list(self.text_encoder.parameters()), "lr": rate})
+        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         chosen: dict[str, Any] = {"optimizer": optimizer}
         if self.schedule == "onecycle":
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            scheduler = OneCycleLR(
                 optimizer,
-                max_lr=self.learning_rate,
+                max_lr=[group["lr"] for group in optimizer.param_groups],
                 total_steps=int(self.trainer.estimated_stepping_batches),
                 cycle_momentum=False,
             )
             chosen["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
         elif self.schedule == "plateau":
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, patience=self.patience
-            )
-            chosen["lr_scheduler"] = {"scheduler": scheduler, "monitor": "val/loss"}
+            self._plateau = ReduceLROnPlateau(optimizer, patience=self.patience)
         return chosen
 
-    def _compare(self, batch: Batch, output: Output, stage: str) -> Tensor:
-        terms = self.objective(output, batch.targets)
-        values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, batch_size=len(batch.targets))
-        return terms["loss"]
+    # Lightning would step a plateau's schedule after it has saved the epoch's checkpoint, and a
+    # resumed training would not know the last epoch's loss: so it is kept, stepped and saved here.
+
+    def on_train_epoch_end(self) -> None:
+        """Show the plateau's schedule the epoch's validation loss."""
+        loss = self.trainer.callback_metrics.get("val/loss")
+        if self._plateau is not None and loss is not None:
+            self._plateau.step(loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the plateau's schedule."""
+        if self._plateau is not None:
+            checkpoint["plateau"] = self._plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the plateau's schedule until there is an optimiser."""
+        self._plateau_state = checkpoint.get("plateau")
+
+    def on_train_start(self) -> None:
+        """Continue the plateau's schedule."""
+        if self._plateau is not None and self._plateau_state is not None:
+            self._plateau.load_state_dict(self._plateau_state)
+
+    def _make_objective(self, process_group: ProcessGroup | None) -> nn.Module:
+        score = self.losses.score
+        if self.architecture == "mult":
+            return _TaskObjective(self.target, score)
+        if self.architecture == "misa":
+            return MISAObjective(self.target, score, process_group)
+        return Objective(self.target, self.losses, self.switches, process_group)
+
+    def _evaluate(
+        self, batch: Batch, stage: str, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> None:
+        logits = self(batch).logits
+        size = len(batch.targets)
+        loss = self.target.loss(logits, batch.targets, self.losses.score)
+        # Once a sample, not weighted: torchmetrics 1.9 drops weights where NaN is to be kept.
+        mean_loss.update(loss.expand(size))
+        self.log(f"{stage}/loss", mean_loss, batch_size=size)
+        metrics.update(self.target.predict(logits).float(), batch.targets)
+        self.log_dict(metrics, batch_size=size, prog_bar=stage == "val")
+
+
+class _TaskObjective(nn.Module):
+    """The task's loss alone."""
+
+    def __init__(self, target: Target, score_loss: str) -> None:
+        super().__init__()
+        self.target = target
+        self.score_loss = score_loss
+
+    def forward(self, output: Output, targets: Tensor) -> dict[str, Tensor]:
+        task = self.target.loss(output.logits, targets, self.score_loss)
+        return {"task": task, "loss": task}

@@ -59,7 +59,17 @@ class ModalityTransformer(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return `(N, d_s)` from embedded steps; `context` None stands for the steps themselves."""
+        """Return `(N, d_s)`, `refine` averaged over the valid steps."""
+        return masked_mean(self.refine(embedded, mask, context, context_mask), mask)
+
+    def refine(
+        self,
+        embedded: Tensor,
+        mask: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return steps from embedded steps; `context` None stands for the steps themselves."""
         keys = mask if context_mask is None else context_mask
         # A sample without any key attends to all of them, which are zeros: the softmax over no
         # key at all would be NaN.
@@ -69,7 +79,7 @@ class ModalityTransformer(nn.Module):
         x = embedded
         for block in self.blocks:
             x = block(x, context, blocked)
-        return masked_mean(self.norm(x), mask)
+        return self.norm(x)
 
 
 class _Block(nn.Module):

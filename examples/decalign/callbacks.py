@@ -1,0 +1,171 @@
+"""What a run leaves in its folder, and what it needs to go on where it was interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from torch import distributed
+
+from examples.decalign.network import Output
+
+__all__ = ["EpochLog", "MetricsWriter", "PredictionWriter", "RandomState", "write_atomically"]
+
+
+class RandomState(Callback):
+    """Puts the random numbers of every process into the checkpoint, and back."""
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all processes."""
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        return {"ranks": _gather(own)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until training starts: what happens before may draw numbers too."""
+        self._restored = state_dict["ranks"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with them, once."""
+        if self._restored is not None and trainer.world_size == len(self._restored):
+            own = self._restored[trainer.global_rank]
+            torch.set_rng_state(own["cpu"].cpu())
+            if own["cuda"]:
+                torch.cuda.set_rng_state_all([state.cpu() for state in own["cuda"]])
+        self._restored = None
+
+
+class EpochLog(Callback):
+    """Writes every epoch's numbers as a table; they are part of the checkpoint.
+
+    Args:
+        path: The CSV file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epochs so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after them."""
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch."""
+        numbers = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(("train/", "val/"))
+        }
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rows.append({"epoch": trainer.current_epoch, "learning_rate": rate, **numbers})
+        if trainer.is_global_zero:
+            columns = list(dict.fromkeys(name for row in self.rows for name in row))
+            _write_table(
+                self.path, columns, [[row.get(c, "") for c in columns] for row in self.rows]
+            )
+
+
+class MetricsWriter(Callback):
+    """Writes the metrics of the test split.
+
+    Args:
+        path: The JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them."""
+        metrics = {
+            name.removeprefix("test/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("test/")
+        }
+        if trainer.is_global_zero:
+            write_atomically(self.path, json.dumps(metrics, indent=2) + "\n")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what the model says of each test sample, and the features that it says it from.
+
+    `predictions.csv` has a line a sample: its id, label and prediction. `features.npz` has the
+    pooled features, `unique/NAME` and `common/NAME` `(N, d_s)`, where the network has them.
+
+    Args:
+        folder: Where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        write_interval: Literal["epoch"] = "epoch"
+        super().__init__(write_interval)
+        self.folder = folder
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Output],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Collect the processes' parts, which are runs of the split, and write."""
+        target = pl_module.target
+        own = {"prediction": target.predict(torch.cat([out.logits for out in predictions]))}
+        for kind in ("unique", "common"):
+            parts = [getattr(out, kind) for out in predictions]
+            if parts[0] is not None:
+                for name, features in zip(
+                    pl_module.network.modalities, zip(*parts, strict=True), strict=True
+                ):
+                    own[f"{kind}/{name}"] = torch.cat(features)
+        ranks = _gather({name: x.float().cpu().numpy() for name, x in own.items()})
+        if not trainer.is_global_zero:
+            return
+        whole = {name: np.concatenate([rank[name] for rank in ranks]) for name in own}
+        samples = trainer.datamodule.splits["test"]
+        predicted = whole.pop("prediction")
+        if target.kind == "class":
+            predicted = predicted.astype(int)
+        rows = zip(samples.ids, samples.samples.targets.tolist(), predicted.tolist(), strict=True)
+        _write_table(self.folder / "predictions.csv", ["id", "label", "prediction"], rows)
+        np.savez_compressed(self.folder / "features.npz", **whole)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _gather(own: Any) -> list[Any]:
+    """Return what each process gives, in their order."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, own)
+    return gathered

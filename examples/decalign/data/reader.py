@@ -1,0 +1,183 @@
+"""Reading a data set's file without running what it contains.
+
+A pickle is a program: loading one calls whatever it names. MMSA's files hold numpy arrays in
+dictionaries and lists, so the reader here knows the handful of names that those need and refuses
+every other one by name, before anything is called. Nor is numpy itself called with what a file
+says before that is checked: an array of objects made from bytes would be an array of pointers.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+__all__ = ["RefusedPickleError", "convert", "read_dataset", "read_pickle", "write_dataset"]
+
+Splits = dict[str, dict[str, Any]]
+"""For each split, by key: an array, or a list of strings or numbers."""
+
+
+class RefusedPickleError(pickle.UnpicklingError):
+    """The file asks for something other than numpy arrays and plain containers."""
+
+
+class _Dtype:
+    """Stands for `numpy.dtype`, whose own `__setstate__` believes what the file says."""
+
+    def __init__(self, code: str, *args: object) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[biufcSUO]\d*", code):
+            raise RefusedPickleError(f"refused to load an array of dtype {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, *fields = state
+        if any(field is not None for field in fields[:3]):
+            raise RefusedPickleError("refused to load an array of structures")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """Stands for `numpy.ndarray`, out of whose buffer a file could make pointers."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, kind, fortran, content = state
+        plain = (str, int, float, type(None), np.generic)
+        if kind.dtype.hasobject:
+            if not isinstance(content, list):
+                raise RefusedPickleError("refused to load an array of objects from bytes")
+            for element in content:
+                if not isinstance(element, plain):
+                    raise RefusedPickleError(
+                        f"refused to load an array of {type(element).__name__}: expected numbers "
+                        "or strings"
+                    )
+        super().__setstate__((version, shape, kind.dtype, fortran, content))
+
+
+def _reconstruct(*args: object) -> np.ndarray:
+    return np.ndarray.__new__(_Array, (0,), np.int8)
+
+
+def _frombuffer(
+    content: bytes, kind: _Dtype, shape: tuple[int, ...], order: Any, axes: Any = None
+) -> np.ndarray:
+    # Refuses objects by itself.
+    array = np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+    return array if axes is None else array.transpose(axes)
+
+
+def _scalar(kind: _Dtype, content: bytes) -> np.generic:
+    return np.frombuffer(content, kind.dtype, 1)[0]
+
+
+# numpy 2 writes numpy._core, numpy 1 wrote numpy.core; `encode` is how protocol 2 stores bytes.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "bytes"): bytes,
+    ("builtins", "bytearray"): bytearray,
+    ("builtins", "complex"): complex,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED |= {
+        (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
+        (f"{_core}.multiarray", "scalar"): _scalar,
+        (f"{_core}.numeric", "_frombuffer"): _frombuffer,
+    }
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # Files written by Python 2, or to be read by it, say __builtin__.
+        module = {"__builtin__": "builtins"}.get(module, module)
+        if (module, name) not in _ALLOWED:
+            raise RefusedPickleError(
+                f"refused to load {module}.{name}: expected numpy arrays and plain containers alone"
+            )
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: object) -> Any:
+        raise RefusedPickleError(
+            f"refused to load the persistent object {pid!r}: expected numpy arrays and plain "
+            "containers alone"
+        )
+
+
+def read_pickle(path: str | Path) -> Any:
+    """Return the numpy arrays and plain containers of a pickle; refuse anything else by name.
+
+    Raises:
+        RefusedPickleError: The file names anything else, which is not imported or called.
+        pickle.UnpicklingError: The file is no pickle, or is cut off.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            return _Unpickler(file).load()
+        except EOFError as error:
+            raise pickle.UnpicklingError(f"{path} is cut off: {error}") from error
+
+
+def read_dataset(path: str | Path) -> Splits:
+    """Return the splits of a pickle, or of the file that `convert` made of one.
+
+    The arrays of a converted file stay there and are read when they are used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a data set's file; got {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return read_pickle(path)
+
+
+def convert(source: str | Path, destination: str | Path) -> None:
+    """Write a pickle once as a safetensors file: no code, and mapped into memory when read."""
+    write_dataset(read_pickle(source), destination)
+
+
+def write_dataset(splits: Splits, destination: str | Path) -> None:
+    """Write splits as a safetensors file.
+
+    Lists of strings become part of its header; everything else becomes an array.
+    """
+    destination = Path(destination)
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"destination must end in .safetensors; got {destination}")
+    arrays: dict[str, np.ndarray] = {}
+    texts: dict[str, dict[str, list[str]]] = {}
+    for split, table in splits.items():
+        for key, value in table.items():
+            array = np.asarray(value)
+            if array.dtype.kind in "US":
+                texts.setdefault(split, {})[key] = [str(text) for text in value]
+            elif array.dtype.kind in "biuf":
+                arrays[f"{split}/{key}"] = np.ascontiguousarray(array)
+            else:
+                raise ValueError(
+                    f"{split}[{key!r}] must hold numbers or strings; got {array.dtype}"
+                )
+    save_file(arrays, destination, metadata={"texts": json.dumps(texts)})
+
+
+def _read_safetensors(path: Path) -> Splits:
+    splits: Splits = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            split, key = name.split("/", 1)
+            splits.setdefault(split, {})[key] = file.get_tensor(name)
+        texts = json.loads((file.metadata() or {}).get("texts", "{}"))
+    for split, table in texts.items():
+        splits.setdefault(split, {}).update(table)
+    return splits

@@ -1,0 +1,81 @@
+"""What a data set asks for: classes or a score, and how one is read as the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
+
+__all__ = ["POLARITY", "SENTIMENT", "SIMS", "Target"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A classification, or the regression of a score that is also read in categories.
+
+    Args:
+        kind: "class" or "score".
+        categories: Their names. A score's are in rising order, as many as the number of prototypes
+            that the paper asks for.
+        limit: Of a score, which lies in [-limit, limit].
+        edges: Between the categories of a score, each belonging to the category below it. Without
+            them a category is a whole number, that nearest to the score.
+        zero: Whether a score of 0 counts as "positive" or "negative" where there are two.
+    """
+
+    kind: Literal["class", "score"]
+    categories: tuple[str, ...]
+    limit: int = 1
+    edges: tuple[float, ...] = ()
+    zero: Literal["positive", "negative"] = "positive"
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the network: one for a score, or one a class."""
+        return 1 if self.kind == "score" else len(self.categories)
+
+    def category(self, scores: Tensor) -> Tensor:
+        """Return the index of each score's category; classes are categories already."""
+        if self.kind == "class":
+            return scores
+        if self.edges:
+            return torch.bucketize(scores, scores.new_tensor(self.edges))
+        return (scores.clamp(-self.limit, self.limit).round() + self.limit).long()
+
+    def polarity(self, scores: Tensor) -> Tensor:
+        """Return 1 where a score is positive and 0 where it is negative."""
+        return (scores >= 0 if self.zero == "positive" else scores > 0).long()
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Return scores or classes, `(N)`, from the network's `(N, num_outputs)`."""
+        return logits.squeeze(-1) if self.kind == "score" else logits.argmax(-1)
+
+    def loss(self, logits: Tensor, targets: Tensor, score_loss: str = "mse") -> Tensor:
+        """Return cross-entropy, or "mse" (the paper's) or "l1" (the released code's) of a score."""
+        if self.kind == "class":
+            return cross_entropy(logits, targets)
+        distance = mse_loss if score_loss == "mse" else l1_loss
+        return distance(logits.squeeze(-1), targets.to(logits.dtype))
+
+
+SENTIMENT = Target(
+    kind="score",
+    limit=3,
+    categories=("-3", "-2", "-1", "0", "+1", "+2", "+3"),
+)
+"""CMU-MOSI and CMU-MOSEI: seven whole numbers."""
+
+SIMS = Target(
+    kind="score",
+    limit=1,
+    edges=(-0.1, 0.1),
+    categories=("negative", "neutral", "positive"),
+    zero="negative",
+)
+"""CH-SIMS: three classes, of which neutral is (-0.1, 0.1]; a score of 0 is not positive."""
+
+POLARITY = Target(kind="class", categories=("negative", "positive"))
+"""Sentiment as two classes."""

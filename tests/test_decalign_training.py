@@ -1,0 +1,396 @@
+"""The reference model trained from the command line: every data set, resumed, on two processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel
+
+from examples.decalign.__main__ import main
+from examples.decalign.data import MOSI, make_sample
+from examples.decalign.network import Network
+from examples.decalign.task import MultimodalTask
+from examples.decalign.text import Text, TextEncoder
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "decalign" / "configs"
+
+pytestmark = [
+    # The samples' infinities, which are meant.
+    pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning"),
+    # Lightning on splits of one batch.
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_use(defaults):
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Return the path of a small file in each data set's format."""
+    folder = tmp_path_factory.mktemp("samples")
+    for name in ("mosi", "mosei", "sims", "iemocap"):
+        make_sample(name, folder / f"{name}.pkl", sizes=(48, 12, 11), steps=6, features=5)
+    return {path.stem: str(path) for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """Return the folder of a tiny random BERT."""
+    folder = str(tmp_path_factory.mktemp("bert"))
+    with torch.random.fork_rng(), torch.device("cpu"):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=100,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=60,
+        )
+        BertModel(config).float().save_pretrained(folder)
+    return folder
+
+
+def small(folder, *options, epochs=1):
+    return [
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.max_epochs={epochs}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--data.batch_size=24",
+        "--model.network.width=8",
+        "--model.network.heads=2",
+        "--model.network.layers=1",
+        "--model.network.length=4",
+        "--model.losses.prototypes.em_iterations=2",
+        "--model.losses.prototypes.covariance_type=diag",
+        *options,
+    ]
+
+
+def config_of(name):
+    return f"--config={CONFIGS / name}.yaml"
+
+
+def read_log(folder):
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def state_of(folder):
+    path = folder / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+# --- every data set ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mosi", "mosei", "sims", "iemocap"])
+def test_fit_leaves_everything(name, samples, bert, tmp_path):
+    text = [] if name == "iemocap" else [f"--model.text.name={bert}"]
+    run = [config_of(name), f"--data.path={samples[name]}", *small(tmp_path, *text)]
+    main(["fit", *run])
+
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["data"]["init_args"]["path"] == samples[name]
+    assert config["model"]["network"]["attention_dropout"] is not None
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["seed"] == 1
+    assert environment["torch"] == torch.__version__
+    assert environment["data"].startswith("sha256:")
+
+    [row] = read_log(tmp_path)
+    terms = ["task", "loss", "dec", "transport", "prototype", "hete", "sem", "mmd", "homo"]
+    assert {f"train/{term}" for term in terms} <= row.keys()
+    assert all(np.isfinite(float(value)) for value in row.values())
+    expected = {"mosi": "acc7", "mosei": "acc7", "sims": "acc3", "iemocap": "weighted_f1"}[name]
+    assert f"val/{expected}" in row
+
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert [row["id"] for row in predictions] == [f"sample$_${n}" for n in range(11)]
+    labels, said = (
+        np.array([float(row[k]) for row in predictions]) for k in ("label", "prediction")
+    )
+    if name == "iemocap":
+        assert metrics["accuracy"] == pytest.approx((labels == said).mean())
+    else:
+        assert metrics["mae"] == pytest.approx(np.abs(labels - said).mean(), rel=1e-5)
+    with np.load(tmp_path / "features.npz") as features:
+        assert sorted(features.files) == sorted(
+            f"{kind}/{m}" for kind in ("unique", "common") for m in ("text", "audio", "vision")
+        )
+        assert features["unique/audio"].shape == (11, 8)
+
+    # A checkpoint can be named, and evaluated elsewhere on other data.
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    elsewhere = tmp_path / "elsewhere"
+    missing = json.dumps({"test": {"vision": 1.0}})
+    main(
+        [
+            *("test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={checkpoint}"),
+            *(f"--trainer.default_root_dir={elsewhere}", f"--data.missing={missing}"),
+        ]
+    )
+    assert json.loads((elsewhere / "metrics.json").read_text()) != metrics
+
+    # The commands evaluate the folder's checkpoint.
+    for file in ("metrics.json", "predictions.csv"):
+        (tmp_path / file).rename(tmp_path / f"fitted_{file}")
+        main(["test" if file == "metrics.json" else "predict", *run])
+        assert (tmp_path / file).read_text() == (tmp_path / f"fitted_{file}").read_text()
+
+
+def test_the_saved_configuration_repeats_the_run(samples, tmp_path):
+    run = [config_of("iemocap"), f"--data.path={samples['iemocap']}"]
+    main(["fit", *run, *small(tmp_path / "one")])
+    saved = f"--config={tmp_path / 'one' / 'config.yaml'}"
+    main(["fit", saved, f"--trainer.default_root_dir={tmp_path / 'two'}"])
+    for file in ("log.csv", "metrics.json", "predictions.csv"):
+        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()
+    task = MultimodalTask.load_from_checkpoint(
+        tmp_path / "one" / "checkpoints" / "last.ckpt", map_location="cpu"
+    )
+    assert task.target.categories[-1] == "frustrated"
+
+
+def test_a_folder_belongs_to_one_configuration(samples, tmp_path):
+    run = [config_of("iemocap"), f"--data.path={samples['iemocap']}", *small(tmp_path)]
+    main(["fit", *run])
+    with pytest.raises(FileExistsError, match="is of a run with other options"):
+        main(["fit", *run, "--model.losses.alpha=0.5"])
+    with pytest.raises(FileNotFoundError, match="ckpt_path must name a checkpoint"):
+        main(["test", *run, f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"])
+
+
+def test_best_epoch_can_be_chosen(samples, tmp_path):
+    run = [config_of("iemocap"), f"--data.path={samples['iemocap']}"]
+    # So high a rate spoils what the first epoch has learnt.
+    options = ["--select=best", "--model.learning_rate=0.3", "--model.schedule=constant"]
+    main(["fit", *run, *small(tmp_path, *options, epochs=3)])
+    losses = [float(row["val/loss"]) for row in read_log(tmp_path)]
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == int(np.argmin(losses))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize("architecture", ["decalign", "mult", "misa"])
+def test_precisions(architecture, precision, samples, tmp_path):
+    options = [f"--model.architecture={architecture}", f"--trainer.precision={precision}"]
+    run = [config_of("sims"), f"--data.path={samples['sims']}", *small(tmp_path, *options)]
+    main(["fit", *run, "--data.text=features", "--model.text=null", "--model.switches.ct=true"])
+    [row] = read_log(tmp_path)
+    assert all(np.isfinite(float(value)) for value in row.values())
+
+
+def test_six_modalities_by_configuration_alone(tmp_path):
+    run = [config_of("digits"), config_of("digits_six"), *small(tmp_path)]
+    main(["fit", *run, "--data.batch_size=128", "--trainer.limit_train_batches=2"])
+    with np.load(tmp_path / "features.npz") as features:
+        assert len([name for name in features.files if name.startswith("unique/")]) == 6
+    task = MultimodalTask.load_from_checkpoint(
+        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu"
+    )
+    assert list(task.network.modalities.values()) == [8, 4, 16, 8, 4, 8]
+
+
+def test_modalities_missing_in_training_and_test(samples, tmp_path):
+    missing = {"train": {"text": 0.5}, "test": {"text": 1.0, "audio": 0.5}}
+    run = [config_of("iemocap"), f"--data.path={samples['iemocap']}", *small(tmp_path)]
+    main(["fit", *run, f"--data.missing={json.dumps(missing)}"])
+    [row] = read_log(tmp_path)
+    assert all(np.isfinite(float(value)) for value in row.values())
+    with np.load(tmp_path / "features.npz") as features:
+        assert (features["common/text"] == 0).all()
+        gone = (features["common/audio"] == 0).all(1)
+        assert gone.sum() == round(0.5 * 11)
+
+
+def test_it_learns(samples, tmp_path):
+    run = [config_of("mosi"), f"--data.path={samples['mosi']}", "--data.text=features"]
+    options = ["--model.text=null", "--model.learning_rate=0.01", "--model.schedule=onecycle"]
+    main(["fit", *run, config_of("released"), *small(tmp_path, *options, epochs=12)])
+    assert json.loads((tmp_path / "metrics.json").read_text())["corr"] > 0.8
+    losses = [float(row["train/task"]) for row in read_log(tmp_path)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+def test_text_encoder_is_the_saved_model(bert):
+    encoder = TextEncoder(Text(name=bert)).eval()
+    reference = BertModel.from_pretrained(bert).eval()
+    ids = torch.randint(100, (3, 7))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [0]])
+    segments = torch.zeros_like(ids)
+    segments[0, 4:] = 1
+    states, valid = encoder(torch.stack([ids, mask.long(), segments], 1))
+    assert encoder.width == 8
+    assert torch.equal(valid, mask)
+    expected = reference(ids, mask.long(), segments).last_hidden_state
+    torch.testing.assert_close(states[:2], expected[:2])
+    assert torch.isfinite(states).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_text_encoder_is_trained_unless_frozen(frozen, bert, samples, tmp_path):
+    text = Text(name=bert, frozen=frozen, learning_rate=1e-3)
+    data = MOSI(samples["mosi"], text="tokens")
+    task = MultimodalTask(
+        data.modalities,
+        data.target,
+        network=Network(width=8, length=4, heads=2, layers=1),
+        text=text,
+        schedule="constant",
+    )
+    before = {name: p.clone() for name, p in task.text_encoder.named_parameters()}
+    groups = task.configure_optimizers()["optimizer"].param_groups
+    assert [group["lr"] for group in groups] == ([5e-5] if frozen else [5e-5, 1e-3])
+    [batch] = [data.splits["train"].all()]
+    task.train()
+    assert task.text_encoder.transformer.training != frozen
+    loss = task.objective(task(batch), batch.targets)["task"]
+    loss.backward()
+    for name, parameter in task.text_encoder.named_parameters():
+        if frozen:
+            assert parameter.grad is None
+        else:
+            # Of a key's bias, which no softmax feels, the gradient is only rounding.
+            assert parameter.grad is not None, name
+    assert before.keys() == dict(task.text_encoder.named_parameters()).keys()
+
+
+def test_tokens_need_an_encoder(samples):
+    data = MOSI(samples["mosi"], text="tokens")
+    with pytest.raises(ValueError, match="text must name the encoder of one modality of token ids"):
+        MultimodalTask(data.modalities, data.target)
+
+
+# --- resumed -----------------------------------------------------------------------------------
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "onecycle"])
+def test_resumed_equals_uninterrupted_bit_for_bit(schedule, samples, tmp_path, monkeypatch):
+    options = [
+        f"--model.schedule={schedule}",
+        # Every epoch that is no better lowers the rate.
+        "--model.patience=0",
+        "--model.learning_rate=0.05",
+        # The mixture of earlier batches is part of the state.
+        "--model.losses.prototypes.momentum=0.9",
+        "--model.switches.ct=true",
+    ]
+
+    def fit(folder):
+        run = [config_of("iemocap"), f"--data.path={samples['iemocap']}"]
+        main(["fit", *run, *small(folder, *options, epochs=4)])
+
+    fit(tmp_path / "whole")
+
+    steps = []
+    original = MultimodalTask.training_step
+
+    def interrupted(self, batch, batch_idx):
+        steps.append(batch_idx)
+        if len(steps) == 6:  # in the third epoch of two batches
+            raise InterruptionError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MultimodalTask, "training_step", interrupted)
+    with pytest.raises(InterruptionError):
+        fit(tmp_path / "resumed")
+    assert len(read_log(tmp_path / "resumed")) == 2
+    assert not (tmp_path / "resumed" / "metrics.json").exists()
+    # As in a new process.
+    torch.manual_seed(1234)
+    fit(tmp_path / "resumed")
+    assert len(steps) == 6 + 4
+
+    for file in ("log.csv", "metrics.json", "predictions.csv"):
+        one, two = (tmp_path / run / file for run in ("whole", "resumed"))
+        assert one.read_text() == two.read_text(), file
+    one, two = (state_of(tmp_path / run) for run in ("whole", "resumed"))
+    assert one.keys() == two.keys()
+    assert any("running" in name for name in one)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    rates = {row["learning_rate"] for row in read_log(tmp_path / "whole")}
+    assert len(rates) > 1
+
+
+# --- two processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sims", "digits"])
+def test_two_processes_equal_one(name, samples, tmp_path):
+    """DDP on two gloo ranks against one process with batches twice as large."""
+    # What draws numbers of its own on every process is off; k-means++ draws them once for all.
+    options = [
+        "--trainer.precision=64-true",
+        "--model.network.pde=mlp",
+        *(
+            f"--model.network.{place}_dropout=0.0"
+            for place in ("input", "attention", "relu", "embedding", "residual", "output")
+        ),
+        "--model.switches.ct=true",
+        "--model.learning_rate=0.01",
+        "--model.schedule=constant",
+    ]
+    if name == "sims":
+        missing = json.dumps({"train": {"text": 0.3, "audio": 0.2}})
+        options += [
+            f"--data.path={samples['sims']}",
+            "--data.text=features",
+            "--model.text=null",
+            f"--data.missing={missing}",
+        ]
+    else:
+        options.append("--trainer.limit_train_batches=3")
+    run = ["fit", config_of(name)]
+    main([*run, *small(tmp_path / "one", *options, epochs=2)])
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+            *("-m", "examples.decalign", *run),
+            *small(tmp_path / "two", *options, epochs=2),
+            *("--data.batch_size=12", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    one, two = (state_of(tmp_path / folder) for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        # The gradient of a key's bias, which no softmax feels, is rounding, and Adam steps by it.
+        if not key.endswith("in_proj_bias"):
+            torch.testing.assert_close(one[key], two[key], rtol=1e-6, atol=1e-8, msg=key)
+    metrics = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("one", "two")]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+    files = [(tmp_path / f / "predictions.csv").read_text().splitlines() for f in ("one", "two")]
+    assert [line.split(",")[0] for line in files[0]] == [line.split(",")[0] for line in files[1]]
