@@ -7,7 +7,7 @@ counterparts of the components that they belong to. Here each of these steps is 
 of real handwritten digits in two dimensions; after that come the three choices that the loss leaves
 to you.
 """
-# ruff: noqa: D205, D415 (the page takes its title from the docstring)
+
 
 from __future__ import annotations
 
