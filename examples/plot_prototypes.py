@@ -8,7 +8,6 @@ of real handwritten digits in two dimensions; after that come the three choices 
 to you.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Sequence

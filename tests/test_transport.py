@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
-from multialign.transport import reading
+from multialign.transport import hessian, plans, reading
 from tests import reference
 
 GRAPHS = {
@@ -161,6 +161,83 @@ def differentiable(name, costs, marginals, epsilon, edges):
         return solution.plan()
     result = getattr(solution, name)
     return tuple(result) if isinstance(result, list) else result
+
+
+FORMS = ["vector", "table", "pairwise", "conjugate gradients"]
+
+
+def use(monkeypatch, form):
+    """Let small problems be solved and read in a form that is for larger ones."""
+    if form != "vector":
+        monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
+    if form in ("pairwise", "conjugate gradients"):
+        monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
+        monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
+    if form == "conjugate gradients":
+        monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+        monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("sizes", [(7, 5), (5, 1, 6), (4, 5, 3, 6), (3, 2, 4, 3, 2)])
+def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
+    use(monkeypatch, form)
+    costs, marginals = problem(sizes, graph)
+    marginals[0][0] = 0 if sizes[0] > 1 else 1
+    epsilon = 0.1 * sum(cost.mean().item() for cost in costs.values())
+    kept = [costs | {}, [m.clone() for m in marginals]]
+    if sizes[0] > 1:
+        kept[0] = {(i, j): c[1:] if i == 0 else c for (i, j), c in costs.items()}
+        kept[1][0] = marginals[0][1:]
+    cost, nus = dense(*kept)
+    plan = reference.transport_plan(cost, nus, epsilon)
+    for method in ("newton", "sinkhorn"):
+        solution = solve(costs, marginals, epsilon, method=method, tolerance=1e-11)
+        assert solution.converged
+        torch.testing.assert_close(
+            solution.value.item(), reference.transport_value(plan, cost, epsilon), rtol=1e-9, atol=0
+        )
+        for i, j in itertools.combinations(range(len(sizes)), 2):
+            table = plan.sum(tuple(p for p in range(len(sizes)) if p not in (i, j)))
+            found = solution.pairwise_marginal(i, j)[int(i == 0 and sizes[0] > 1) :]
+            torch.testing.assert_close(found.numpy(), table, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])
+@pytest.mark.parametrize(
+    ("sizes", "graph"),
+    [((3, 4), "complete"), ((2, 3, 2), "complete"), ((2, 3, 2), "chain"), ((2, 2, 3, 2), "cycle"), ((2, 2, 2, 2), "complete"), ((2, 2, 2, 2, 2), "star")],
+)
+def test_gradients_of_each_form(sizes, graph, name, form, monkeypatch):
+    use(monkeypatch, form)
+    costs, marginals = problem(sizes, graph)
+    edges = list(costs)
+    inputs = [cost.requires_grad_() for cost in costs.values()]
+    inputs += [marginal.requires_grad_() for marginal in marginals]
+    inputs.append(torch.tensor(1.5, requires_grad=True))
+
+    def outputs(*tensors):
+        count = len(edges)
+        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
+
+    assert gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
+
+
+def test_gradient_at_an_absent_atom_is_zero_in_each_form(monkeypatch):
+    gradients = []
+    for form in FORMS:
+        use(monkeypatch, form)
+        torch.manual_seed(1)
+        costs, marginals = problem((4, 5, 6))
+        marginals[1][2] = 0
+        leaves = [c.requires_grad_() for c in costs.values()]
+        solution = solve(costs, marginals, 1.0)
+        total = solution.transport_cost + solution.value + solution.marginal(0)[0]
+        gradients.append(torch.autograd.grad(total, leaves))
+        assert (gradients[-1][0][:, 2] == 0).all()
+        torch.testing.assert_close(gradients[-1], gradients[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])

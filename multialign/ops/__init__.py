@@ -3,8 +3,9 @@
 from multialign.ops.backend import Backend, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
-from multialign.ops.products import LogProduct
-from multialign.ops.reference import log, logsumexp
+from multialign.ops.products import LogProduct, log_product
+from multialign.ops.reference import log, logsumexp, real
+from multialign.ops.small import solve_small
 
 __all__ = [
     "Backend",
@@ -12,6 +13,9 @@ __all__ = [
     "choose_backend",
     "gaussian_form",
     "log",
+    "log_product",
     "logsumexp",
+    "real",
     "register_batched_vmap",
+    "solve_small",
 ]

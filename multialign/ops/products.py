@@ -15,21 +15,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from multialign.ops.reference import log, logsumexp
+from multialign.ops.reference import log, logsumexp, real
 
-__all__ = ["LogProduct"]
+__all__ = ["LogProduct", "StreamedProduct", "log_product"]
 
 # The relative error that dropped terms may cause.
-_LOSS = {torch.float64: 1e-12, torch.float32: 1e-7}
+_LOSS = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-7}
 # Probabilities below this are dropped where they would make denormal products, which are slow.
-_NEGLIGIBLE = {torch.float64: 1e-60, torch.float32: 1e-18}
+_NEGLIGIBLE = {torch.float64: 1e-60, torch.complex128: 1e-60, torch.float32: 1e-18}
 # Entries of the tables that term-by-term sums work on at once.
 _CHUNK_ENTRIES = 2**22
+
+
+def log_product(
+    a: Tensor, b: Tensor, weight: Tensor | None, backend: Literal["torch", "triton"]
+) -> LogProduct | StreamedProduct:
+    """Multiply `a` `(B, I, J)` and `b` `(B, J, K)`; see `LogProduct` for `weight`."""
+    return StreamedProduct(a, b) if backend == "triton" else LogProduct(a, b, weight)
+
+
+class StreamedProduct:
+    """The same as `LogProduct`, by a kernel that is right at any range. It has no gradient."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        from multialign.ops import _triton as kernels
+
+        self._a, self._b, self._multiply = a, b, kernels.log_matmul
+        self.values: Tensor = kernels.log_matmul(a, b)
+
+    def spread(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """Distribute weights of the entries (i, k) over j as the terms of their sums demand."""
+        ratio = torch.where(joint == 0, -math.inf, joint.log() - self.values)
+        left = (self._a + self._multiply(ratio, self._b.mT)).exp()
+        return left, (self._b + self._multiply(self._a.mT, ratio)).exp()
 
 
 class LogProduct:
@@ -50,12 +74,12 @@ class LogProduct:
         self._a, self._b = a, b
         self._shift, floor, bound = _limits(a.dtype, a.shape[-1])
         top_a, top_b = _maximum(a, -1) - self._shift, _maximum(b, -2) - self._shift
-        self._left = threshold(a - top_a, floor, -math.inf).exp()
-        self._right = threshold(b - top_b, floor, -math.inf).exp()
+        self._left = _cut(a - top_a, floor, -math.inf).exp()
+        self._right = _cut(b - top_b, floor, -math.inf).exp()
         self._mass = self._left @ self._right
         self._unresolved: Tensor | None = None
         self._entries: tuple[Tensor, ...] = ()
-        unresolved = self._mass < bound
+        unresolved = real(self._mass) < bound
         if not bool(unresolved.any()):
             self.values = self._mass.log() + (top_a + top_b)
             return
@@ -77,7 +101,7 @@ class LogProduct:
             with p(j | i, k) = exp(a_ij + b_jk - values_ik).
         """
         scale = math.exp(-self._shift)
-        ratio = threshold(joint, _NEGLIGIBLE[joint.dtype], 0.0)
+        ratio = _cut(joint, _NEGLIGIBLE[joint.dtype], 0.0)
         if self._unresolved is None:
             ratio = ratio / (self._mass * scale)
         else:
@@ -89,7 +113,8 @@ class LogProduct:
             return left, right
         rows, columns = left.flatten(0, 1), right.mT.flatten(0, 1)
         for terms, b, i, k in self._terms():
-            share = joint[b, i, k].unsqueeze(-1) * torch.softmax(terms, -1)
+            shares = (terms - logsumexp(terms, -1).unsqueeze(-1)).exp()
+            share = joint[b, i, k].unsqueeze(-1) * shares
             rows = rows.index_add(0, b * left.shape[1] + i, share)
             columns = columns.index_add(0, b * right.shape[2] + k, share)
         return rows.view_as(left), columns.unflatten(0, (len(left), -1)).mT
@@ -99,11 +124,12 @@ class LogProduct:
         some = _live(self._a, -1) & _live(self._b, -2)
         if weight is None:
             return some
-        least = self.values + weight
+        weight = real(weight)
+        least = real(self.values) + weight
         least = torch.minimum(
             logsumexp(least, -1).unsqueeze(-1), logsumexp(least, -2).unsqueeze(-2)
         )
-        most = (self._mass + bound * _LOSS[weight.dtype]).log() + tops + weight
+        most = (real(self._mass) + bound * _LOSS[weight.dtype]).log() + tops + weight
         size = max(weight.shape[-2:])
         return some & (most > least + math.log(_LOSS[weight.dtype] / size))
 
@@ -117,12 +143,19 @@ class LogProduct:
 
 def _maximum(x: Tensor, dim: int) -> Tensor:
     """Return the largest entry along `dim`, or 0 where all are -inf."""
-    top = x.detach().amax(dim, keepdim=True)
+    top = real(x).detach().amax(dim, keepdim=True)
     return torch.where(top == -math.inf, 0.0, top)
 
 
 def _live(x: Tensor, dim: int) -> Tensor:
-    return x.amax(dim, keepdim=True) > -math.inf
+    return real(x).amax(dim, keepdim=True) > -math.inf
+
+
+def _cut(x: Tensor, floor: float, value: float) -> Tensor:
+    """Return x with `value` for what is below the floor."""
+    if x.is_complex():
+        return torch.where(x.real > floor, x, value)
+    return threshold(x, floor, value)
 
 
 @lru_cache

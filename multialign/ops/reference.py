@@ -8,13 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["log", "logsumexp"]
+__all__ = ["log", "logsumexp", "real"]
 
 
 def log(x: Tensor) -> Tensor:
     """Return log x for x >= 0: -inf with gradient 0 at 0, where torch's gradient is infinite."""
     zero = x == 0
     return torch.where(zero, -math.inf, torch.where(zero, x.new_ones(()), x).log())
+
+
+def real(x: Tensor) -> Tensor:
+    """Return the real part: by a tiny imaginary part a table may carry its derivative."""
+    return x.real if x.is_complex() else x
 
 
 def logsumexp(x: Tensor, dim: int | Sequence[int]) -> Tensor:
@@ -26,7 +31,7 @@ def logsumexp(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     dims = [dim] if isinstance(dim, int) else list(dim)
     if not dims:
         return x
-    top = x.detach().amax(dims, keepdim=True)
+    top = real(x).detach().amax(dims, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
     total = (x - top).exp_().sum(dims, keepdim=True)
     return (log(total) + top).squeeze(dims)

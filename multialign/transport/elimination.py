@@ -14,17 +14,17 @@ Going back through the same steps, each marginal is the derivative of log sum T 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from multialign.ops import LogProduct, log, logsumexp
+from multialign.ops import log, log_product, logsumexp, real
+from multialign.ops.products import LogProduct, StreamedProduct
 
 __all__ = [
     "Beliefs",
@@ -46,6 +46,9 @@ Pairs = Mapping[Edge, Tensor]
 Which = Literal["edges", "core", "all"]
 """Pairs to know: at least those with a cost; all but those of a leaf of the graph with others than
 its neighbour; or all."""
+
+Worker = Literal["torch", "triton"]
+"""Which backend multiplies tables."""
 
 # The largest table that is ever built: 2 GiB in float64.
 _MAX_ENTRIES = 2**28
@@ -117,43 +120,50 @@ def join(tables: Mapping[Scope, Tensor], sizes: Sequence[int]) -> Tensor:
     return total.expand(-1, *sizes)
 
 
-def log_marginal(unaries: Sequence[Tensor], pairs: Pairs, keep: Scope = ()) -> Tensor:
+def log_marginal(
+    unaries: Sequence[Tensor], pairs: Pairs, keep: Scope = (), backend: Worker = "torch"
+) -> Tensor:
     """Return the logarithm of the sum over all variables but `keep`, `(B, *K_keep)`.
 
     `keep` holds up to two variables, in increasing order.
     """
     found = dict(enumerate(unaries))
-    return _log_marginal(found, pairs, _plan(found, pairs, keep), keep)
+    return _log_marginal(found, pairs, _plan(found, pairs, keep), keep, backend)
 
 
-def beliefs(unaries: Sequence[Tensor], pairs: Pairs, which: Which) -> Beliefs:
+def beliefs(
+    unaries: Sequence[Tensor], pairs: Pairs, which: Which, backend: Worker = "torch"
+) -> Beliefs:
     """Return the marginals of all variables, and of pairs of them."""
     found = dict(enumerate(unaries))
-    return _beliefs(found, pairs, _plan(found, pairs, ()), which)
+    return _beliefs(found, pairs, _plan(found, pairs, ()), which, backend)
 
 
-def sweep(unaries: Sequence[Tensor], pairs: Pairs, wanted: Sequence[Tensor]) -> list[Tensor]:
+def sweep(
+    unaries: Sequence[Tensor], pairs: Pairs, wanted: Sequence[Tensor], backend: Worker = "torch"
+) -> list[Tensor]:
     """Set one potential after another so that its marginal is the one wanted.
 
     Args:
         unaries: Potentials `(B, K_p)`, -inf at atoms of mass 0.
         pairs: The tables of -C / epsilon.
         wanted: The logarithms of the marginals wanted.
+        backend: What multiplies tables.
     """
     found = dict(enumerate(unaries))
     order = _plan(found, pairs, ())
     if order.held is None:
-        return _Sweep(found, pairs, order.steps, wanted).potentials
+        return _Sweep(found, pairs, order.steps, wanted, backend).potentials
     for p, log_nu in enumerate(wanted):
-        step = log_nu - _log_marginal(found, pairs, _plan(found, pairs, (p,)), (p,))
+        step = log_nu - _log_marginal(found, pairs, _plan(found, pairs, (p,)), (p,), backend)
         found[p] = torch.where(log_nu == -math.inf, -math.inf, found[p] + step)
     return list(found.values())
 
 
 def _log_marginal(
-    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope
+    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope, backend: Worker
 ) -> Tensor:
-    rest = _Collected(unaries, pairs, order.steps)
+    rest = _Collected(unaries, pairs, order.steps, backend)
     trailing = [1] * len(keep)
     if order.held is None or order.inner is None:
         total = rest.constant.reshape(-1, *trailing)
@@ -162,24 +172,23 @@ def _log_marginal(
         for table in rest.pairs.values():
             total = total + table
         return total
-    inner, parts = order.inner, []
+    parts = []
     for part in _hold(rest, order.held):
-
-        def total_of(part: _Part = part) -> Tensor:
-            found = _log_marginal(part.unaries, part.pairs, inner, keep)
-            found = found.unflatten(0, part.weights.shape)
-            return logsumexp(found + part.weights.reshape(*part.weights.shape, *trailing), 1)
-
-        parts.append(_recomputed(total_of))
+        found = _log_marginal(part.unaries, part.pairs, order.inner, keep, backend)
+        found = found.unflatten(0, part.weights.shape)
+        weights = part.weights.reshape(*part.weights.shape, *trailing)
+        parts.append(logsumexp(found + weights, 1))
     return logsumexp(torch.stack(parts), 0) + rest.constant.reshape(-1, *trailing)
 
 
-def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: Which) -> Beliefs:
-    rest = _Collected(unaries, pairs, order.steps)
+def _beliefs(
+    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: Which, backend: Worker
+) -> Beliefs:
+    rest = _Collected(unaries, pairs, order.steps, backend)
     if order.held is None or order.inner is None:
         result = Beliefs(rest.constant, {}, {})
     else:
-        result = _mix(rest, order.held, order.inner)
+        result = _mix(rest, order.held, order.inner, backend)
     leaves = tuple(takewhile(lambda step: len(step.neighbours) < 2, order.steps))
     result.leaves = () if which == "all" else leaves
     for number in reversed(range(len(order.steps))):
@@ -189,7 +198,7 @@ def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: 
         others = [q for q in known if q not in step.neighbours]
         if which == "edges" or number < len(result.leaves):
             others = []
-        if isinstance(way, LogProduct):
+        if not isinstance(way, Tensor):
             i, k = step.neighbours
             left, right = way.spread(result.table(i, k))
             result.put(i, j, left)
@@ -197,7 +206,8 @@ def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: 
             result.marginals[j] = right.sum(-1)
             for q in others:
                 edge = (min(q, j), max(q, j))
-                joint = _log_marginal(unaries, pairs, _plan(unaries, pairs, edge), edge)
+                order_of_pair = _plan(unaries, pairs, edge)
+                joint = _log_marginal(unaries, pairs, order_of_pair, edge, backend)
                 result.tables[edge] = (joint - result.log_total[:, None, None]).exp()
             continue
         for i in step.neighbours:
@@ -216,17 +226,20 @@ def _beliefs(unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: 
 class _Collected:
     """What is left after some variables were summed out, and the way back."""
 
-    def __init__(self, unaries: Mapping[int, Tensor], pairs: Pairs, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, unaries: Mapping[int, Tensor], pairs: Pairs, steps: Sequence[Step], backend: Worker
+    ) -> None:
+        self._backend = backend
         self.unaries, self.pairs = dict(unaries), dict(pairs)
         first = next(iter(unaries.values()))
         self.constant = first.new_zeros(len(first))
         # For each step: p(j | i), `(B, K_i, K_j)`, if j had one neighbour; p(j) if it had none.
-        self.ways: list[Tensor | LogProduct] = []
+        self.ways: list[Tensor | LogProduct | StreamedProduct] = []
         # For each step: the logarithm of the sum, over the neighbours.
         self.messages: list[Tensor] = []
         for step in steps:
             x = self.unaries.pop(step.variable)
-            way: Tensor | LogProduct
+            way: Tensor | LogProduct | StreamedProduct
             if not step.neighbours:
                 way, total = _softmax(x)
                 self.constant = self.constant + total
@@ -241,7 +254,7 @@ class _Collected:
                 self.messages.append(way.values)
             self.ways.append(way)
 
-    def _multiply(self, step: Step, x: Tensor) -> LogProduct:
+    def _multiply(self, step: Step, x: Tensor) -> LogProduct | StreamedProduct:
         i, k = step.neighbours
         # Half of the potential goes to each factor: the two are large at the same places.
         half = x / 2
@@ -252,7 +265,7 @@ class _Collected:
         if step.alone:
             weight = self.unaries[i].unsqueeze(-1) + self.unaries[k].unsqueeze(-2)
             weight = weight if edge is None else weight + edge
-        product = LogProduct(a, b, weight)
+        product = log_product(a, b, weight, self._backend)
         self.pairs[(i, k)] = product.values if edge is None else edge + product.values
         return product
 
@@ -274,9 +287,11 @@ class _Sweep:
         pairs: Pairs,
         steps: Sequence[Step],
         wanted: Sequence[Tensor],
+        backend: Worker,
     ) -> None:
+        self._backend = backend
         self._x, self._pairs, self._steps, self._wanted = dict(unaries), pairs, steps, wanted
-        self._messages = _Collected(unaries, pairs, steps).messages
+        self._messages = _Collected(unaries, pairs, steps, backend).messages
         # The steps that ended in each set of neighbours, and the branches of each step.
         self._ending: dict[Scope, list[int]] = {}
         self._branches: list[list[int]] = [[] for _ in steps]
@@ -350,10 +365,11 @@ class _Sweep:
         near, far = self._table(i, j), self._table(k, j)
         assert near is not None
         assert far is not None
-        product = LogProduct(
+        product = log_product(
             outer if i < k else outer.mT,
             far + half,
             near + half,
+            self._backend,
         )
         return torch.where(half == -math.inf, -math.inf, product.values - half)
 
@@ -363,7 +379,7 @@ class _Sweep:
         if len(neighbours) == 1:
             return logsumexp(tables[0] + self._own(j).unsqueeze(-2), -1)
         half = self._own(j).unsqueeze(-2) / 2
-        return LogProduct(tables[0] + half, (tables[1] + half).mT).values
+        return log_product(tables[0] + half, (tables[1] + half).mT, None, self._backend).values
 
 
 class _Part(NamedTuple):
@@ -398,7 +414,7 @@ def _hold(rest: _Collected, held: int) -> Iterator[_Part]:
         yield _Part(unaries, pairs, chunk)
 
 
-def _mix(rest: _Collected, held: int, inner: _Order) -> Beliefs:
+def _mix(rest: _Collected, held: int, inner: _Order, backend: Worker) -> Beliefs:
     """Return the beliefs of a plan as the mixture of those with one variable held."""
     others = sorted(set(rest.unaries) - {held})
     edges = list(combinations(others, 2))
@@ -407,26 +423,15 @@ def _mix(rest: _Collected, held: int, inner: _Order) -> Beliefs:
     tables: list[Tensor] = []
     sum_so_far: Tensor | None = None
     for part in _hold(rest, held):
-
-        def mixture(part: _Part = part) -> tuple[Tensor, ...]:
-            found = _beliefs(part.unaries, part.pairs, inner, "all")
-            total = part.weights + found.log_total.view_as(part.weights)
-            share, _ = _softmax(total)
-            mixed = [
-                torch.einsum("bn,bnik->bik", share, found.tables[edge].unflatten(0, share.shape))
-                for edge in edges
-            ]
-            return (
-                total,
-                *[found.marginals[p].unflatten(0, total.shape) for p in others],
-                *mixed,
-            )
-
-        total, *rows = _recomputed(mixture)
+        found = _beliefs(part.unaries, part.pairs, inner, "all", backend)
+        total = part.weights + found.log_total.view_as(part.weights)
         totals.append(total)
-        conditionals.append(rows[: len(others)])
-        fresh = rows[len(others) :]
-        level = logsumexp(total, 1)
+        conditionals.append([found.marginals[p].unflatten(0, total.shape) for p in others])
+        share, level = _softmax(total)
+        fresh = [
+            torch.einsum("bn,bnik->bik", share, found.tables[edge].unflatten(0, share.shape))
+            for edge in edges
+        ]
         if sum_so_far is None:
             sum_so_far, tables = level, fresh
             continue
@@ -443,19 +448,12 @@ def _mix(rest: _Collected, held: int, inner: _Order) -> Beliefs:
     return result
 
 
-def _recomputed(function: Callable[[], Any]) -> Any:
-    """Call `function`; in its gradient compute it again, rather than keep what it made."""
-    if not torch.is_grad_enabled():
-        return function()
-    return checkpoint(function, use_reentrant=False, preserve_rng_state=False)
-
-
 def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return exp x over its sum along the last dimension, and the logarithm of that sum.
 
     Where all entries are -inf: zeros, and -inf.
     """
-    top = x.detach().amax(-1, keepdim=True)
+    top = real(x).detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
     terms = (x - top).exp()
     total = terms.sum(-1, keepdim=True)

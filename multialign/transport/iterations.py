@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from multialign.transport.elimination import Worker
 from multialign.transport.plans import Evaluation, Plan, fits_vector, make_plan
 from multialign.transport.problem import Problem
 
-__all__ = ["Iterate", "newton", "sinkhorn"]
+__all__ = ["Iterate", "finish", "newton", "sinkhorn"]
 
 # Newton: the first epsilon, in standard deviations of the cost, and the sweeps there. Then a level
 # is left for an epsilon this much smaller at an L1 error of at most (target epsilon / deviation of
@@ -64,7 +65,9 @@ class Iterate(NamedTuple):
 
 
 @torch.no_grad()
-def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate:
+def sinkhorn(
+    problem: Problem, tolerance: float, max_iterations: int, backend: Worker = "torch"
+) -> Iterate:
     """Sweep over the marginals, setting each potential to match its own given the others.
 
     On the way epsilon falls from a large value to the one wanted.
@@ -72,7 +75,7 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
     References:
         :cite:t:`benamou:15`, Section 4.
     """
-    plan = make_plan(problem, torch.float64)
+    plan = make_plan(problem, torch.float64, backend)
     target = problem.epsilon
     epsilon = torch.maximum(target, _FIRST_EPSILON * problem.deviation)
     wanted = torch.cat(problem.marginals, -1)
@@ -101,11 +104,17 @@ def sinkhorn(problem: Problem, tolerance: float, max_iterations: int) -> Iterate
         potentials = potentials * (epsilon / lower).unsqueeze(-1)
         level_sweeps = torch.where(onward, 0, level_sweeps)
         epsilon = lower
-    return _finish(problem, plan, potentials, epsilon, iterations)
+    return finish(problem, plan, potentials, epsilon, iterations)
 
 
 @torch.no_grad()
-def newton(problem: Problem, tolerance: float, max_iterations: int, single: bool) -> Iterate:
+def newton(
+    problem: Problem,
+    tolerance: float,
+    max_iterations: int,
+    single: bool,
+    backend: Worker = "torch",
+) -> Iterate:
     """Follow the solution down in epsilon by its tangent, with Newton steps on the dual.
 
     One linear solve a step: for the Newton direction, and where the error is small enough already,
@@ -126,20 +135,20 @@ def newton(problem: Problem, tolerance: float, max_iterations: int, single: bool
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance and not fits_vector(problem)
-    plan = make_plan(problem, torch.float32 if single else torch.float64)
+    plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
     for _ in range(_FIRST_SWEEPS):
         potentials = plan.sweep(potentials, epsilon)
     if single:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2
         )
-        plan = make_plan(problem, torch.float64)
+        plan = make_plan(problem, torch.float64, backend)
     potentials, epsilon, now, error = _descend(
         plan, wanted, potentials, epsilon, descents, tolerance
     )
     iterations = torch.tensor([descent.steps for descent in descents], device=wanted.device)
     if any(descent.epsilon > descent.target or descent.searching for descent in descents):
-        return _finish(problem, plan, potentials, epsilon, iterations)
+        return finish(problem, plan, potentials, epsilon, iterations)
     shift = (now.log_total / len(problem.marginals)).unsqueeze(-1)
     return Iterate(potentials - shift, iterations, error)
 
@@ -270,7 +279,7 @@ class _Descent:
             self.length = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 1.0
 
 
-def _finish(
+def finish(
     problem: Problem, plan: Plan, potentials: Tensor, epsilon: Tensor, iterations: Tensor
 ) -> Iterate:
     """State the result at the epsilon asked for, which may not have been reached."""

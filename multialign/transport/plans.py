@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import Beliefs, Edge, Which, beliefs, join, sweep
+from multialign.transport.elimination import Beliefs, Edge, Which, Worker, beliefs, join, sweep
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
 from multialign.transport.problem import Problem, log_marginals
 
@@ -65,14 +65,14 @@ class Plan(Protocol):
         """Return log Z `(B,)` and m `(B, S)`."""
 
 
-def make_plan(problem: Problem, dtype: torch.dtype) -> Plan:
+def make_plan(problem: Problem, dtype: torch.dtype, backend: Worker = "torch") -> Plan:
     """Return the form of the plan that is fastest; `dtype` is that of large tables."""
     if fits_vector(problem):
         return _Vector(problem)
     entries = math.prod(problem.sizes) * problem.epsilon.numel()
     if entries <= _TABLE_ENTRIES or any(len(scope) > 2 for scope in problem.costs):
         return _Table(problem)
-    return _Pairwise(problem, dtype)
+    return _Pairwise(problem, dtype, backend)
 
 
 def fits_vector(problem: Problem) -> bool:
@@ -190,15 +190,15 @@ class _Table:
 class _Pairwise:
     """A plan of pairwise costs, known through its marginals alone."""
 
-    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
-        self._problem, self.dtype = problem, dtype
+    def __init__(self, problem: Problem, dtype: torch.dtype, backend: Worker) -> None:
+        self._problem, self.dtype, self._backend = problem, dtype, backend
         self._scaling = Scaling(problem.marginals)
         self._which: Which = "all" if _is_dense(self._scaling) else "core"
         self._deviation = problem.deviation
         self._scaled: tuple[Tensor, dict[Edge, Tensor]] = (torch.empty(()), {})
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
-        found = beliefs(*self._factors(potentials, epsilon), self._which)
+        found = beliefs(*self._factors(potentials, epsilon), self._which, self._backend)
         hessian = _hessian(self._scaling, found)
         return Evaluation(found.log_total.double(), _joined(found), hessian, None)
 
@@ -212,11 +212,11 @@ class _Pairwise:
     def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         unaries, pairs = self._factors(potentials, epsilon)
         wanted = [x.to(self.dtype) for x in log_marginals(self._problem)]
-        swept = torch.cat(sweep(unaries, pairs, wanted), -1).double()
+        swept = torch.cat(sweep(unaries, pairs, wanted, self._backend), -1).double()
         return torch.where(self._scaling.absent, 0.0, swept)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        found = beliefs(*self._factors(potentials, epsilon), "edges")
+        found = beliefs(*self._factors(potentials, epsilon), "edges", self._backend)
         return found.log_total.double(), _joined(found)
 
     def _factors(

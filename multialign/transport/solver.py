@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from multialign._validation import check_choice, check_count, check_positive, full_precision
-from multialign.ops import Backend, choose_backend, register_batched_vmap
-from multialign.transport.iterations import Iterate, newton, sinkhorn
+from multialign.ops import Backend, choose_backend, register_batched_vmap, solve_small
+from multialign.transport.elimination import Worker
+from multialign.transport.iterations import Iterate, finish, newton, sinkhorn
+from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, make_problem, unflatten_problem
 from multialign.transport.solution import TransportSolution
 
@@ -40,10 +42,13 @@ def multi_marginal_sinkhorn(
         T^\star = \arg\min_{T \ge 0} \; \langle T, C \rangle + \epsilon \sum_k T(k) \log T(k)
         \quad \text{with marginals } \nu_1, \dots, \nu_M,
 
-    where :math:`C(k) = \sum_{(i,j)} C_{ij}(k_i, k_j)` over the pairs given, or any tensor. All
-    arithmetic is in the log domain and in float64. The plan is never built: its marginals are
-    summed out of the cost graph, which takes tables of :math:`K^2` entries for chains, stars and
-    trees, :math:`K^3` for cycles and :math:`K^M` for complete graphs and full tensors.
+    where :math:`C(k) = \sum_{(i,j)} C_{ij}(k_i, k_j)` over the pairs given, or any tensor. The plan
+    of a large problem is never built: its marginals are summed out of the cost graph, in the log
+    domain and by products of matrices. A step takes :math:`M K^2` operations for a chain, star or
+    tree, :math:`M K^3` for a cycle, :math:`K^3` for three marginals and :math:`K^M` for a larger
+    complete graph; memory is a few tables of :math:`K^2`. A full cost tensor takes :math:`K^M` of
+    both. Arithmetic is in float64; for float32 input tables are float32 as long as their rounding
+    is far below the tolerance, and the end is measured in float64.
 
     Args:
         costs: ``{(i, j): C_ij}`` with i < j and :math:`C_{ij}` of shape
@@ -56,10 +61,11 @@ def multi_marginal_sinkhorn(
         tolerance: Largest L1 distance of the plan's marginals from those wanted, summed over them.
             None: 1e-6 in float64 and 1e-4 in float32.
         max_iterations: Where it stops without convergence.
-        method: "sinkhorn" sweeps over the marginals; "newton" solves with a matrix over all atoms
-            at each step, and takes few steps however small :math:`\epsilon` is; "auto" takes
-            "newton" up to 512 atoms in all (and 2^24 entries of that matrix over the batch).
-        backend: "torch" or "auto". "triton" is not available in this version.
+        method: "sinkhorn" sweeps over the marginals; "newton", which is what "auto" takes, begins
+            with two sweeps, follows the solution down in :math:`\epsilon`, and needs few steps
+            however small it is.
+        backend: "triton" for the CUDA kernels, "torch", or "auto": the kernels for CUDA tensors
+            where triton is installed.
 
     Returns:
         The solution; batch dimensions are those of the arguments, broadcast.
@@ -67,8 +73,8 @@ def multi_marginal_sinkhorn(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument has the wrong type, or dtypes differ.
-        MemoryError: A table of more than 2^28 entries would be needed.
-        NotImplementedError: ``backend="triton"``.
+        MemoryError: A full cost tensor of more than 2^28 entries.
+        RuntimeError: ``backend="triton"`` cannot run here.
 
     Warns:
         ConvergenceWarning: Some problem did not reach the tolerance.
@@ -103,7 +109,7 @@ def solve_problem(
     backend: Backend,
 ) -> TransportSolution:
     """Solve a problem that has been checked."""
-    choose_backend(backend, problem.epsilon)
+    worker = choose_backend(backend, problem.epsilon)
     if tolerance is None:
         tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
     with full_precision(problem.epsilon):
@@ -111,9 +117,10 @@ def solve_problem(
             *_solve(
                 *problem.detach().flatten(),
                 "sinkhorn" if method == "sinkhorn" else "newton",
-                problem.dtype == torch.float32,
+                problem.dtype == torch.float32 and _multiplies_exactly(worker),
                 tolerance,
                 max_iterations,
+                worker,
             )
         )
         return TransportSolution(problem, iterate, tolerance)
@@ -124,7 +131,8 @@ def solve_problem(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "str method, bool single, float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
+        "str method, bool single, float tolerance, int max_iterations, "
+        "str backend) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -137,6 +145,7 @@ def _solve(
     single: bool,
     tolerance: float,
     max_iterations: int,
+    backend: Worker,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
 
@@ -145,9 +154,11 @@ def _solve(
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
     if method == "sinkhorn":
-        iterate = sinkhorn(problem, tolerance, max_iterations)
+        iterate = sinkhorn(problem, tolerance, max_iterations, backend)
     else:
-        iterate = newton(problem, tolerance, max_iterations, single)
+        iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend) or newton(
+            problem, tolerance, max_iterations, single, backend
+        )
     stopped = iterate.error.isfinite() & (iterate.error > tolerance)
     if bool(stopped.any()):
         warnings.warn(
@@ -171,12 +182,36 @@ def _(
     single: bool,
     tolerance: float,
     max_iterations: int,
+    backend: Worker,
 ) -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.empty_like(torch.cat(marginals, -1))
     return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
 
 
 register_batched_vmap(_solve)
+
+
+def _solve_at_once(
+    problem: Problem, tolerance: float, max_iterations: int, single: bool, backend: Worker
+) -> Iterate | None:
+    """Solve small problems in one kernel; None if there is none, or if it left some unsolved."""
+    dtype = torch.float32 if single else torch.float64
+    costs, scopes = list(problem.costs.values()), list(problem.costs)
+    found = solve_small(
+        costs, scopes, problem.marginals, problem.epsilon, tolerance / 2, max_iterations, dtype,
+        backend,
+    )  # fmt: skip
+    if found is None:
+        return None
+    plan = make_plan(problem, torch.float64)
+    iterate = finish(problem, plan, found[0], problem.epsilon, found[1])
+    unsolved = (iterate.error > tolerance) & (iterate.iterations < max_iterations)
+    return None if bool(unsolved.any()) else iterate
+
+
+def _multiplies_exactly(backend: Worker) -> bool:
+    """Whether products of float32 matrices are products in float32, which torch may be told not."""
+    return backend == "triton" or torch.get_float32_matmul_precision() == "highest"
 
 
 def check_solver_options(
