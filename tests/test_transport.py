@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
-from multialign.transport import hessian, plans, reading
+from multialign.transport import elimination, hessian, plans, reading
 from tests import reference
 
 GRAPHS = {
@@ -150,6 +151,219 @@ def test_newton_converges_however_small_epsilon_is(sizes, kind, relative):
         assert solution.iterations < 100
 
 
+def hostile(sizes, kind, seed):
+    torch.manual_seed(seed)
+    points = [torch.randn(n, 3) + 0.5 * m for m, n in enumerate(sizes)]
+    marginals = [torch.rand(n) + 0.1 for n in sizes]
+    for m, x in enumerate(points):
+        if kind == "outliers":
+            x[0] += 30
+        elif kind == "duplicates":
+            x[2:4] = x[:2].clone()
+        elif kind == "offset":
+            x += 100 * m
+        elif kind == "zero weights":
+            marginals[m][1:4] = 0
+    costs = {
+        (i, j): (points[i].unsqueeze(-2) - points[j].unsqueeze(-3)).square().sum(-1)
+        for i, j in GRAPHS["complete"](len(sizes))
+    }
+    centred = [c - c.mean(0) - c.mean(1, keepdim=True) + c.mean() for c in costs.values()]
+    return costs, marginals, sum(c.var().item() for c in centred) ** 0.5
+
+
+def dense_marginals(costs, marginals, solution, epsilon):
+    """The plan of these potentials on the dense tensor: its marginals, its cost and its entropy."""
+    cost, nus = dense(costs, marginals)
+    exponent = -cost
+    for p, f in enumerate(solution.potentials):
+        exponent = exponent + f.double().numpy().reshape(
+            [-1 if q == p else 1 for q in range(len(nus))]
+        )
+    plan = np.exp(exponent / epsilon)
+    error = sum(
+        np.abs(plan.sum(tuple(q for q in range(len(nus)) if q != p)) - nu).sum()
+        for p, nu in enumerate(nus)
+    )
+    return error, reference.transport_value(plan, cost, epsilon)
+
+
+# With marginals as they should be, a plan of this form is the optimal one: that is the certificate.
+@pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("kind", ["plain", "outliers", "duplicates", "offset", "zero weights"])
+@pytest.mark.parametrize("sizes", [(40, 35, 45), (60, 50)])
+def test_a_dense_plan_certifies_the_solution(sizes, kind, relative, monkeypatch):
+    use(monkeypatch, "pairwise")
+    costs, marginals, deviation = hostile(sizes, kind, seed=0)
+    epsilon = relative * deviation
+    solution = solve(costs, marginals, epsilon, tolerance=1e-9)
+    assert solution.converged
+    error, value = dense_marginals(costs, marginals, solution, epsilon)
+    assert error < 1e-8
+    torch.testing.assert_close(solution.value.item(), value, rtol=1e-8, atol=1e-8 * deviation)
+
+
+@pytest.mark.parametrize("kind", ["plain", "outliers", "duplicates", "offset"])
+def test_a_hundred_random_problems_converge_at_a_small_epsilon(kind):
+    for seed in range(25):
+        costs, marginals, deviation = hostile((7, 8, 9), kind, seed)
+        epsilon = 1e-3 * deviation
+        solution = solve(costs, marginals, epsilon, tolerance=1e-10)
+        assert solution.converged
+        error, value = dense_marginals(costs, marginals, solution, epsilon)
+        # What the rounding of cost and potentials does to the exponent.
+        rounding = 1e-15 * max(c.abs().max().item() for c in costs.values()) / epsilon
+        assert error < 1e-8 + rounding
+        torch.testing.assert_close(solution.value.item(), value, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2])
+@pytest.mark.parametrize("kind", ["plain", "outliers", "offset", "zero weights"])
+def test_float32_tables_end_as_exact_as_was_asked(kind, relative):
+    costs, marginals, deviation = hostile((50, 45, 55), kind, seed=0)
+    epsilon = relative * deviation
+    exact = solve(costs, marginals, epsilon, tolerance=1e-10)
+    single = multi_marginal_sinkhorn(
+        {e: c.float() for e, c in costs.items()},
+        [m.float() for m in marginals],
+        epsilon,
+        tolerance=1e-3,
+    )
+    assert single.converged
+    scale = deviation + exact.value.abs().item()
+    torch.testing.assert_close(single.value.double(), exact.value, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_reduced_precision_of_products_changes_nothing(precision):
+    costs, marginals, deviation = hostile((40, 45, 35), "plain", seed=0)
+    costs = {e: c.float() for e, c in costs.items()}
+    marginals = [m.float() for m in marginals]
+    options = {"epsilon": 0.5 * deviation, "tolerance": 1e-3}
+    expected = multi_marginal_sinkhorn(costs, marginals, **options).value
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = multi_marginal_sinkhorn(costs, marginals, **options).value
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sweeps_are_those_of_one_variable_after_another():
+    for graph in ["complete", "chain", "star", "cycle", "tree", "chord"]:
+        sizes = (3, 4, 2, 5, 3)
+        edges = {
+            "tree": [(0, 1), (0, 2), (1, 3), (1, 4)],
+            "chord": [(0, 1), (0, 4), (1, 2), (1, 3), (2, 3), (3, 4)],
+        }.get(graph) or GRAPHS[graph](len(sizes))
+        unaries = [torch.randn(2, n) for n in sizes]
+        unaries[1][0, 2] = -torch.inf
+        tables = {(i, j): 2 * torch.randn(2, sizes[i], sizes[j]) for i, j in edges}
+        wanted = [torch.log_softmax(torch.randn(2, n), -1) for n in sizes]
+        wanted[1][0] = torch.log_softmax(torch.tensor([0.1, -0.3, -torch.inf, 0.2]), -1)
+        swept = elimination.sweep(unaries, tables, wanted)
+        # The last one visited has the marginal wanted; the dual has not fallen.
+        found = elimination.beliefs(swept, tables, "all")
+        errors = [(found.marginals[p] - wanted[p].exp()).abs().max() for p in range(len(sizes))]
+        assert min(errors) < 1e-12
+        torch.testing.assert_close(found.log_total, torch.zeros(2), rtol=0, atol=1e-12)
+
+        def dual(blocks, tables=tables, wanted=wanted):
+            inner = sum(
+                torch.where(w == -torch.inf, 0, x * w.exp()).sum(-1) for x, w in zip(blocks, wanted)
+            )
+            return inner - elimination.log_marginal(blocks, tables)
+
+        assert (dual(swept) >= dual(unaries) - 1e-12).all()
+        for _ in range(200):
+            swept = elimination.sweep(swept, tables, wanted)
+        found = elimination.beliefs(swept, tables, "edges")
+        for p in range(len(sizes)):
+            torch.testing.assert_close(found.marginals[p], wanted[p].exp(), rtol=0, atol=1e-7)
+
+
+def test_a_tree_of_many_marginals():
+    sizes = (60,) * 20
+    points = [torch.randn(n, 2) + 0.1 * m for m, n in enumerate(sizes)]
+    costs = {
+        ((j - 1) // 2, j): (points[(j - 1) // 2][:, None] - points[j]).square().sum(-1)
+        for j in range(1, 20)
+    }
+    costs[(0, 1)].requires_grad_()
+    solution = multi_marginal_sinkhorn(costs, [torch.ones(n) for n in sizes], 0.5)
+    assert solution.converged
+    torch.testing.assert_close(solution.marginal(13), torch.full((60,), 1 / 60), rtol=0, atol=1e-6)
+    solution.value.backward(retain_graph=True)
+    torch.testing.assert_close(costs[(0, 1)].grad, solution.pairwise_marginal(0, 1).detach())
+    costs[(0, 1)].grad = None
+    solution.transport_cost.backward()
+    step = torch.zeros_like(costs[(0, 1)]).index_put(
+        (torch.tensor(3), torch.tensor(4)), torch.tensor(1e-5)
+    )
+    moved = [
+        multi_marginal_sinkhorn(
+            costs | {(0, 1): costs[(0, 1)].detach() + sign * step},
+            [torch.ones(n) for n in sizes],
+            0.5,
+            tolerance=1e-11,
+        ).transport_cost.detach()
+        for sign in (1, -1)
+    ]
+    torch.testing.assert_close(
+        costs[(0, 1)].grad[3, 4], (moved[0] - moved[1]) / 2e-5, rtol=1e-3, atol=1e-6
+    )
+
+
+def test_memory_of_a_complete_graph_stays_below_its_tensor():
+    """One evaluation of M = 4, K = 48 may not hold a table of K^4, nor of K^3 for every value."""
+    sizes = (48,) * 4
+    costs, marginals = problem(sizes)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes() // 8)
+            return result
+
+    unaries = [m.log()[None] for m in marginals]
+    tables = {edge: -cost[None] for edge, cost in costs.items()}
+    with Watch():
+        found = elimination.beliefs(unaries, tables, "all")
+    assert largest <= elimination._CHUNK_ENTRIES < 48**4 / 4
+    cost = sum(c.reshape([48 if p in e else 1 for p in range(4)]) for e, c in costs.items())
+    exponent = -cost
+    for p, m in enumerate(marginals):
+        exponent = exponent + m.log().reshape([-1 if q == p else 1 for q in range(4)])
+    torch.testing.assert_close(found.log_total[0], exponent.flatten().logsumexp(0))
+    table = exponent.sub(found.log_total[0]).exp().sum((1, 2))
+    torch.testing.assert_close(found.table(0, 3)[0], table, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter
+def test_small_problems_and_large_tables_by_kernels():
+    """In Triton's interpreter: one launch for small problems, the products of large ones."""
+    for sizes, dtype in [
+        ((4, 5, 3), torch.float64),
+        ((4, 5), torch.float32),
+        ((36, 33, 34), torch.float32),
+    ]:
+        costs, marginals = problem(sizes)
+        costs = {e: c.to(dtype).requires_grad_() for e, c in costs.items()}
+        marginals = [m.to(dtype) for m in marginals]
+        results = []
+        for backend in ("torch", "triton"):
+            solution = multi_marginal_sinkhorn(costs, marginals, 1.0, backend=backend)
+            assert solution.converged
+            gradients = torch.autograd.grad(solution.transport_cost, list(costs.values()))
+            results.append((solution.value, solution.transport_cost, gradients))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+
+
 def differentiable(name, costs, marginals, epsilon, edges):
     solution = solve(dict(zip(edges, costs)), marginals, epsilon)
     if name == "marginals":
@@ -208,7 +422,14 @@ def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
 @pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])
 @pytest.mark.parametrize(
     ("sizes", "graph"),
-    [((3, 4), "complete"), ((2, 3, 2), "complete"), ((2, 3, 2), "chain"), ((2, 2, 3, 2), "cycle"), ((2, 2, 2, 2), "complete"), ((2, 2, 2, 2, 2), "star")],
+    [
+        ((3, 4), "complete"),
+        ((2, 3, 2), "complete"),
+        ((2, 3, 2), "chain"),
+        ((2, 2, 3, 2), "cycle"),
+        ((2, 2, 2, 2), "complete"),
+        ((2, 2, 2, 2, 2), "star"),
+    ],
 )
 def test_gradients_of_each_form(sizes, graph, name, form, monkeypatch):
     use(monkeypatch, form)
