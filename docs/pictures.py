@@ -27,6 +27,7 @@ from multialign import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "distribution_matching.csv"
+TRANSPORT = RESULTS.with_name("transport.csv")
 BLUE, ORANGE, GREEN, GREY = "#2a85c7", "#e69f00", "#1a9e77", "#888888"
 STYLE = {
     "svg.hashsalt": "multialign",  # the same picture is the same file
@@ -208,6 +209,33 @@ def benchmark() -> Figure:
     return figure
 
 
+def transport_benchmark() -> Figure:
+    """Return time and memory of transport over the number of atoms, from the recorded table."""
+    with TRANSPORT.open() as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7.6, 2.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, column, label in zip(
+        panels, ("milliseconds", "peak_mib"), ("time (ms)", "peak memory (MiB)"), strict=True
+    ):
+        for provider, colour in (("multialign", BLUE), ("OTT-JAX", ORANGE)):
+            points = []
+            for row in rows:
+                size = row["size"].removeprefix("complete, M = 3, ")
+                wanted = row["case"].startswith(
+                    ("three marginals, complete graph, float32", "float32")
+                )
+                if wanted and row["provider"].startswith(provider) and size.startswith("K = "):
+                    points.append((int(size.removeprefix("K = ")), float(row[column])))
+            shown = sorted(point for point in points if point[1] > 0.1)
+            axes.plot(*zip(*shown, strict=True), "o-", c=colour, ms=4, lw=1.5, label=provider)
+        axes.set(
+            xscale="log", yscale="log", xlabel="atoms of each of three marginals", ylabel=label
+        )
+    panels[0].legend(labelcolor=GREY)
+    return figure
+
+
 def save(figure: Figure, path: Path, description: str = "") -> None:
     """Write a figure without background, and without a date that would change with every run."""
     metadata = {"Date": None, "Creator": None, "Description": description or None}
@@ -225,8 +253,12 @@ def write_readme_pictures(folder: Path) -> None:
     """Write the pictures of the README; that of the benchmark names the table it was made from."""
     with mpl.rc_context(STYLE):
         save(overview(), folder / "overview.svg")
-        digest = hashlib.sha256(RESULTS.read_bytes()).hexdigest()
-        save(benchmark(), folder / "benchmark.svg", f"sha256 of the recorded table: {digest}")
+        for name, draw, table in (
+            ("benchmark", benchmark, RESULTS),
+            ("transport", transport_benchmark, TRANSPORT),
+        ):
+            digest = hashlib.sha256(table.read_bytes()).hexdigest()
+            save(draw(), folder / f"{name}.svg", f"sha256 of the recorded table: {digest}")
 
 
 if __name__ == "__main__":

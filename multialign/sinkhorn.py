@@ -81,7 +81,6 @@ def multi_marginal_sinkhorn_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
-        MemoryError: The graph needs a table of more than 2^28 entries.
 
     Warns:
         ConvergenceWarning: Some problem did not reach the tolerance.

@@ -121,10 +121,13 @@ def test_readme_and_quickstart_show_the_same_example():
     assert README_BLOCKS[0].strip() == PAGE_BLOCKS[QUICKSTART][0][1].strip()
 
 
-def test_benchmark_picture_is_of_the_recorded_table():
-    table = ROOT / "benchmarks" / "results" / "distribution_matching.csv"
+@pytest.mark.parametrize(
+    ("picture", "table"), [("benchmark", "distribution_matching"), ("transport", "transport")]
+)
+def test_benchmark_picture_is_of_the_recorded_table(picture, table):
+    table = ROOT / "benchmarks" / "results" / f"{table}.csv"
     digest = hashlib.sha256(table.read_bytes()).hexdigest()
-    picture = (ROOT / "docs" / "_static" / "benchmark.svg").read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / "_static" / f"{picture}.svg").read_text(encoding="utf-8")
     assert digest in picture, "run `python docs/pictures.py` to draw the table as it is now"
 
 
