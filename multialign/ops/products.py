@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from multialign.ops.reference import log, logsumexp, real
+from multialign.ops.reference import logsumexp, real
 
 __all__ = ["LogProduct", "StreamedProduct", "log_product"]
 
@@ -57,7 +57,7 @@ class StreamedProduct:
 
 
 class LogProduct:
-    """The product of two matrices of logarithms, and the shares of its terms.
+    """The product of two matrices of logarithms, and the shares of its terms; without gradient.
 
     Attributes:
         values: `(B, I, K)`, the logarithm of sum_j exp(a_ij + b_jk).
@@ -74,8 +74,8 @@ class LogProduct:
         self._a, self._b = a, b
         self._shift, floor, bound = _limits(a.dtype, a.shape[-1])
         top_a, top_b = _maximum(a, -1) - self._shift, _maximum(b, -2) - self._shift
-        self._left = _cut(a - top_a, floor, -math.inf).exp()
-        self._right = _cut(b - top_b, floor, -math.inf).exp()
+        self._left = _cut(a - top_a, floor, -math.inf).exp_()
+        self._right = _cut(b - top_b, floor, -math.inf).exp_()
         self._mass = self._left @ self._right
         self._unresolved: Tensor | None = None
         self._entries: tuple[Tensor, ...] = ()
@@ -84,14 +84,13 @@ class LogProduct:
             self.values = self._mass.log() + (top_a + top_b)
             return
         self._unresolved = unresolved
-        self.values = log(self._mass) + (top_a + top_b)
-        with torch.no_grad():
-            relevant = unresolved & self._relevant(top_a + top_b, bound, weight)
-            entries = relevant.nonzero(as_tuple=True)
+        self.values = self._mass.log() + (top_a + top_b)
+        relevant = unresolved & self._relevant(top_a + top_b, bound, weight)
+        entries = relevant.nonzero(as_tuple=True)
         if len(entries[0]):
             self._entries = entries
             exact = torch.cat([logsumexp(terms, -1) for terms, *_ in self._terms()])
-            self.values = self.values.index_put(entries, exact)
+            self.values.index_put_(entries, exact)
 
     def spread(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """Distribute weights of the entries (i, k) over j as the terms of their sums demand.
@@ -142,9 +141,8 @@ class LogProduct:
 
 
 def _maximum(x: Tensor, dim: int) -> Tensor:
-    """Return the largest entry along `dim`, or 0 where all are -inf."""
-    top = real(x).detach().amax(dim, keepdim=True)
-    return torch.where(top == -math.inf, 0.0, top)
+    """Return the largest entry along `dim`, or the least number where all are -inf."""
+    return real(x).amax(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).min)
 
 
 def _live(x: Tensor, dim: int) -> Tensor:

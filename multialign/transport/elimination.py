@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from multialign.ops import log, log_product, logsumexp, real
+from multialign.ops import log_product, logsumexp, real
 from multialign.ops.products import LogProduct, StreamedProduct
 
 __all__ = [
@@ -453,12 +453,14 @@ def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Where all entries are -inf: zeros, and -inf.
     """
-    top = real(x).detach().amax(-1, keepdim=True)
-    top = torch.where(top == -math.inf, 0.0, top)
-    terms = (x - top).exp()
+    limits = torch.finfo(x.dtype)
+    top = real(x).amax(-1, keepdim=True).clamp_min(limits.min)
+    terms = (x - top).exp_()
     total = terms.sum(-1, keepdim=True)
-    share = terms / torch.where(total == 0, 1.0, total)
-    return share, (log(total) + top).squeeze(-1)
+    message = (total.log() + top).squeeze(-1)
+    if not x.is_complex():
+        total = total.clamp_min_(limits.tiny)
+    return terms.div_(total), message
 
 
 def _table(tables: Pairs, i: int, j: int) -> Tensor:

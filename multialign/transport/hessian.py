@@ -23,6 +23,8 @@ __all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "Scaling", "dense"]
 # tried first.
 _FACTORED_ENTRIES = 2**24
 _TRIAL_STEPS = 40
+# Up to this many entries the matrix is put together for them: one product instead of many.
+_JOINED_ENTRIES = 2**21
 
 
 class Hessian(Protocol):
@@ -89,6 +91,8 @@ class PairwiseHessian:
         self._scaling, self._found = scaling, found
         leaves = {step.variable for step in found.leaves}
         self._core = [p for p in sorted(found.marginals) if p not in leaves]
+        entries = scaling.root.numel() * scaling.root.shape[-1]
+        self._matrix = dense(found) if not leaves and entries <= _JOINED_ENTRIES else None
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
@@ -114,17 +118,20 @@ class PairwiseHessian:
             going = square > enough
             if not bool(going.any()):
                 return inverse * solution, True
-            image = inverse * self.times(inverse * direction) + damping * direction
+            image = torch.addcmul(inverse * self.times(inverse * direction), damping, direction)
             curvature = (direction * image).sum(-1, keepdim=True)
             length = torch.where(going & (curvature > 0), square / curvature, 0.0)
-            solution = solution + length * direction
-            residual = residual - length * image
+            solution = torch.addcmul(solution, length, direction)
+            residual = torch.addcmul(residual, length, image, value=-1)
             before, square = square, residual.square().sum(-1, keepdim=True)
-            direction = residual + torch.where(going, square / before, 0.0) * direction
+            ratio = torch.where(going, square / before, 0.0)
+            direction = torch.addcmul(residual, ratio, direction)
         return inverse * solution, False
 
     def times(self, vector: Tensor) -> Tensor:
         """Return H v, `(B, S)`."""
+        if self._matrix is not None:
+            return _times(self._matrix, vector.to(self._matrix.dtype)).to(vector.dtype)
         found, m = self._found, self._found.marginals
         v = dict(enumerate(vector.to(m[0].dtype).split(self._scaling.sizes, -1)))
         collected: dict[int, Tensor] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multialign.transport.elimination import Worker
-from multialign.transport.plans import Evaluation, Plan, fits_vector, make_plan
+from multialign.transport.plans import Evaluation, Plan, has_dense_hessian, make_plan
 from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
@@ -134,7 +134,7 @@ def newton(
     potentials = torch.where(wanted == 0, 0.0, wanted.log())
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
-    single = single and rounding <= _SINGLE * tolerance and not fits_vector(problem)
+    single = single and rounding <= _SINGLE * tolerance and not has_dense_hessian(problem)
     plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
     for _ in range(_FIRST_SWEEPS):
         potentials = plan.sweep(potentials, epsilon)

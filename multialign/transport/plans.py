@@ -23,7 +23,7 @@ from multialign.transport.elimination import Beliefs, Edge, Which, Worker, belie
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
 from multialign.transport.problem import Problem, log_marginals
 
-__all__ = ["Evaluation", "Plan", "fits_vector", "make_plan"]
+__all__ = ["Evaluation", "Plan", "fits_vector", "has_dense_hessian", "make_plan"]
 
 # Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
 _VECTOR_WORK = 2**18
@@ -81,6 +81,11 @@ def fits_vector(problem: Problem) -> bool:
     return work * problem.epsilon.numel() <= _VECTOR_WORK
 
 
+def has_dense_hessian(problem: Problem) -> bool:
+    """Whether the Hessian is a matrix that is factored: float32 tables would save little."""
+    return _fits_dense(problem.epsilon.numel(), sum(problem.sizes))
+
+
 class _Vector:
     """A plan of few entries, as one vector of n."""
 
@@ -95,7 +100,7 @@ class _Vector:
         self._scaled = (torch.empty(()), self._cost)
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
-        log_total, plan = self._divided(potentials, epsilon)
+        log_total, plan = self.divided(potentials, epsilon)
         matrix = (plan.unsqueeze(-2) * self._incidence.mT) @ self._incidence
         marginals = matrix.diagonal(dim1=-2, dim2=-1)
         return Evaluation(log_total, marginals, DenseHessian(self._scaling, matrix), plan)
@@ -109,10 +114,11 @@ class _Vector:
         return _sweep_whole(self, self._problem, potentials, epsilon)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        log_total, plan = self._divided(potentials, epsilon)
+        log_total, plan = self.divided(potentials, epsilon)
         return log_total, plan @ self._incidence
 
-    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    def divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log Z, and the plan divided by it, `(B, n)`."""
         exponent = self.exponent(potentials, epsilon)
         log_total = exponent.logsumexp(-1, keepdim=True)
         return log_total.squeeze(-1), (exponent - log_total).exp()
@@ -146,7 +152,7 @@ class _Table:
         self._shape = (-1, *[1] * count)
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
-        log_total, plan = self._divided(potentials, epsilon)
+        log_total, plan = self.divided(potentials, epsilon)
         tables = {edge: plan.sum(axes) if axes else plan for edge, axes in self._axes.items()}
         found = Beliefs(log_total, _singles(tables), tables)
         return Evaluation(log_total, _joined(found), _hessian(self._scaling, found), plan)
@@ -178,7 +184,8 @@ class _Table:
         exponent += blocks[-1].view(len(unary), *[1] * (exponent.ndim - 2), -1)
         return exponent.flatten(1)
 
-    def _divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    def divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log Z, and the plan divided by it as a table."""
         plan = self.exponent(potentials, epsilon)
         top = plan.amax(1, keepdim=True)
         plan = plan.sub_(top).exp_()
@@ -196,6 +203,9 @@ class _Pairwise:
         self._which: Which = "all" if _is_dense(self._scaling) else "core"
         self._deviation = problem.deviation
         self._scaled: tuple[Tensor, dict[Edge, Tensor]] = (torch.empty(()), {})
+        self._wanted = [x.to(dtype) for x in log_marginals(problem)]
+        # Added to potentials: atoms of mass 0 have no plan.
+        self._nowhere = torch.where(self._scaling.absent, -math.inf, 0.0)
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         found = beliefs(*self._factors(potentials, epsilon), self._which, self._backend)
@@ -211,8 +221,7 @@ class _Pairwise:
 
     def sweep(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         unaries, pairs = self._factors(potentials, epsilon)
-        wanted = [x.to(self.dtype) for x in log_marginals(self._problem)]
-        swept = torch.cat(sweep(unaries, pairs, wanted, self._backend), -1).double()
+        swept = torch.cat(sweep(unaries, pairs, self._wanted, self._backend), -1).double()
         return torch.where(self._scaling.absent, 0.0, swept)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,22 +234,33 @@ class _Pairwise:
         if epsilon is not self._scaled[0]:
             pairs = self._problem.pairs(epsilon).items()
             self._scaled = (epsilon, {(i, j): table.to(self.dtype) for (i, j), table in pairs})
-        unaries = self._problem.unaries(potentials)
-        return [x.to(self.dtype) for x in unaries], self._scaled[1]
+        unaries = (potentials + self._nowhere).to(self.dtype).split(self._problem.sizes, -1)
+        return list(unaries), self._scaled[1]
 
 
 def _sweep_whole(
     plan: _Vector | _Table, problem: Problem, potentials: Tensor, epsilon: Tensor
 ) -> Tensor:
-    exponent = plan.exponent(potentials, epsilon).view(-1, *problem.sizes)
-    changes = []
+    """Sweep on the plan, or where some of its marginals are below the exponent range, its log."""
+    count = len(problem.sizes)
+    _, whole = plan.divided(potentials, epsilon)
+    whole = whole.view(-1, *problem.sizes)
+    ratios = []
     for p, nu in enumerate(problem.marginals):
-        change = nu.log() - exponent.logsumexp(_others(p, len(problem.sizes)))
-        change = change.masked_fill(nu == 0, 0.0)
-        shape = [-1 if q == p else 1 for q in range(len(problem.sizes))]
-        exponent = exponent.add_(change.view(len(change), *shape))
-        changes.append(change)
-    return potentials + torch.cat(changes, -1)
+        ratio = (nu / whole.sum(_others(p, count))).masked_fill_(nu == 0, 1.0)
+        whole = whole.mul_(_along(ratio, p, count))
+        ratios.append(ratio)
+    changes = torch.cat(ratios, -1).log_()
+    if bool(changes.isfinite().all()):
+        return potentials + changes
+    exponent = plan.exponent(potentials, epsilon).view(-1, *problem.sizes)
+    steps = []
+    for p, nu in enumerate(problem.marginals):
+        step = nu.log() - exponent.logsumexp(_others(p, count))
+        step = step.masked_fill(nu == 0, 0.0)
+        exponent = exponent.add_(_along(step, p, count))
+        steps.append(step)
+    return potentials + torch.cat(steps, -1)
 
 
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
@@ -250,7 +270,10 @@ def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
 
 
 def _is_dense(scaling: Scaling) -> bool:
-    batch, atoms = scaling.root.shape
+    return _fits_dense(*scaling.root.shape)
+
+
+def _fits_dense(batch: int, atoms: int) -> bool:
     return atoms <= _DENSE_ATOMS and batch * atoms**2 <= _DENSE_ENTRIES
 
 
@@ -263,6 +286,11 @@ def _singles(tables: dict[Edge, Tensor]) -> dict[int, Tensor]:
     """Return the marginals of single variables, given those of all pairs."""
     count = max(j for _, j in tables) + 1
     return {p: tables[(0, p)].sum(1) if p else tables[(0, 1)].sum(2) for p in range(count)}
+
+
+def _along(x: Tensor, p: int, count: int) -> Tensor:
+    """Shape `(B, K_p)` to broadcast against a table over all variables."""
+    return x.view(len(x), *[-1 if q == p else 1 for q in range(count)])
 
 
 def _others(p: int, count: int) -> list[int]:

@@ -34,11 +34,15 @@ _SMALL_ENTRIES = 2**14
 
 
 def read_log_total(problem: Problem, potentials: Tensor) -> Tensor:
-    """Return the logarithm of the sum of the plan, `(B,)`, at potentials in units of epsilon."""
+    """Return the logarithm of the sum of the plan, `(B,)`, at potentials in units of epsilon.
+
+    These are such that it is 0, up to rounding; its gradient is not.
+    """
     unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
     if _is_whole(problem):
         return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
-    total: Tensor = _LogTotal.apply(list(pairs), *unaries, *pairs.values())
+    known = torch.zeros_like(problem.epsilon)
+    total: Tensor = _LogTotal.apply(list(pairs), known, *unaries, *pairs.values())
     return total
 
 
@@ -86,13 +90,12 @@ class _LogTotal(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(edges: list[Edge], *factors: Tensor) -> Tensor:
-        total: Tensor = _log_total(list(factors), _flat(edges))
-        return total
+    def forward(edges: list[Edge], known: Tensor, *factors: Tensor) -> Tensor:
+        return known.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.edges, *factors = inputs
+        ctx.edges, _, *factors = inputs
         ctx.save_for_backward(*factors)
 
     @staticmethod
@@ -101,7 +104,8 @@ class _LogTotal(torch.autograd.Function):
         count = len(factors) - len(edges)
         scopes = [(p,) for p in range(count)] + edges
         _, *tables = _Marginals.apply(edges, scopes, *factors)
-        return None, *[grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables]
+        shaped = [grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables]
+        return None, None, *shaped
 
 
 class _Marginals(torch.autograd.Function):
@@ -162,15 +166,6 @@ def _flat(scopes: Sequence[Scope]) -> list[int]:
 def _unflat(numbers: Sequence[int]) -> list[Scope]:
     pairs = zip(numbers[::2], numbers[1::2], strict=True)
     return [(i,) if i == j else (i, j) for i, j in pairs]
-
-
-@torch.library.custom_op(
-    "multialign::plan_log_total",
-    mutates_args=(),
-    schema="(Tensor[] factors, int[] edges) -> Tensor",
-)
-def _log_total(factors: list[Tensor], edges: list[int]) -> Tensor:
-    return log_marginal(*_parts(factors, edges))
 
 
 @torch.library.custom_op(
@@ -235,11 +230,6 @@ def _solve_hessian(
     return hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
 
 
-@_log_total.register_fake
-def _(factors: list[Tensor], edges: list[int]) -> Tensor:
-    return factors[0].new_empty(factors[0].shape[:1])
-
-
 @_marginals.register_fake
 def _(factors: list[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
     batch = factors[0].shape[:1]
@@ -267,7 +257,7 @@ def _(
     return torch.empty_like(right)
 
 
-for _operator in (_log_total, _marginals, _marginals_backward, _solve_hessian):
+for _operator in (_marginals, _marginals_backward, _solve_hessian):
     register_batched_vmap(_operator)
 
 
