@@ -1,0 +1,95 @@
+"""Give hostile problems to every loss for a while, and say what was tried and found.
+
+Problem n is the same in every run, so that a run can go on where another one stopped:
+
+    python -m tests.fuzz --examples 100000 --seconds 3600 --record runs/fuzz.json
+
+Each problem is one recipe with one law of one loss; all are gone through in turn.
+"""
+
+import argparse
+import json
+import random
+import signal
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tests.hostile import CHECKS, LOSSES, applies, draw_recipe, run
+
+# Longer than this is a hang.
+_SECONDS_EACH = 60
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=100_000, help="problems in all")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long")
+    parser.add_argument("--start", type=int, default=0, help="first problem, if none is recorded")
+    parser.add_argument("--record", type=Path, default=Path("runs/fuzz.json"))
+    parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS))
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    record = {"next": args.start, "seconds": 0.0, "tried": {}, "found": []}
+    if args.record.exists():
+        record = json.loads(args.record.read_text())
+    tried = Counter(record["tried"])
+    jobs = [(check, loss) for loss in args.losses for check in args.checks]
+    random.Random(0).shuffle(jobs)
+    signal.signal(signal.SIGALRM, _hang)
+    began, slowest = time.monotonic(), (0.0, 0)
+    first = number = record["next"]
+    while number < args.examples and time.monotonic() - began < args.seconds:
+        check, loss = jobs[number % len(jobs)]
+        recipe = draw_recipe(random.Random(number))
+        started = time.monotonic()
+        signal.alarm(_SECONDS_EACH)
+        try:
+            run(check, loss, recipe)
+        except Exception as error:  # whatever it is, it is a finding
+            found = {
+                "number": number,
+                "check": check,
+                "loss": loss,
+                "error": f"{type(error).__name__}: {error}".strip()[:500],
+                "where": traceback.format_exc().strip().splitlines()[-4:-1],
+                "recipe": repr(applies(loss, recipe)),
+            }
+            record["found"].append(found)
+            print(f"#{number} {loss}: {check}: {found['error']}\n  {found['recipe']}", flush=True)
+        finally:
+            signal.alarm(0)
+        slowest = max(slowest, (time.monotonic() - started, number))
+        tried[f"{loss}: {check}"] += 1
+        number += 1
+        if number % 500 == 0:
+            print(f"{number} tried, {len(record['found'])} found", flush=True)
+            _save(args.record, record, number, tried, began)
+    _save(args.record, record, number, tried, began)
+    for job, count in sorted(tried.items()):
+        bad = sum(f"{f['loss']}: {f['check']}" == job for f in record["found"])
+        print(f"{job:40} {count:7} tried {bad:5} found")
+    print(
+        f"{number - first} problems in this run, {number} in all, "
+        f"{len(record['found'])} findings; the slowest was #{slowest[1]} with {slowest[0]:.1f} s"
+    )
+
+
+def _hang(*unused: object) -> None:
+    raise TimeoutError(f"no result within {_SECONDS_EACH} s")
+
+
+def _save(path: Path, record: dict, number: int, tried: Counter, began: float) -> None:
+    record.update(next=number, tried=dict(tried))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
