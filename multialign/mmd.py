@@ -18,6 +18,7 @@ from multialign._validation import (
     check_positive,
     check_samples,
     full_precision,
+    reference_row,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import gaussian_form
@@ -109,6 +110,7 @@ def mmd_loss(
                 )
 
     with full_precision(samples.features[0]):
+        samples = _gather_absent(samples)
         sigmas = _bandwidths(bandwidth, samples)
         if estimator == "random_features":
             first = samples.features[0]
@@ -191,6 +193,22 @@ class MMDLoss(nn.Module):
         if self.estimator == "random_features":
             text += f", num_features={self.num_features}"
         return text
+
+
+def _gather_absent(samples: Samples) -> Samples:
+    """Move absent rows to where one of the others is.
+
+    Elsewhere they would pull the origin that distances are measured from away from the data, which
+    then lose their digits to the offset.
+    """
+    if not samples.weighted:
+        return samples
+    row = reference_row(torch.cat(samples.features, -2), torch.cat(samples.masses, -1))
+    features = [
+        torch.where(mass.unsqueeze(-1) == 0, row, x)
+        for x, mass in zip(samples.features, samples.masses, strict=True)
+    ]
+    return samples._replace(features=features)
 
 
 def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: bool) -> Tensor:

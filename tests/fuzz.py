@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile import CHECKS, LOSSES, applies, draw_recipe, run
+from tests.hostile import CHECKS, JOBS, LOSSES, applies, draw_recipe, run
 
 # Longer than this is a hang.
 _SECONDS_EACH = 60
@@ -36,11 +36,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    record = {"next": args.start, "seconds": 0.0, "tried": {}, "found": []}
+    record = {"next": args.start, "tried": {}, "unfinished": {}, "found": []}
     if args.record.exists():
         record = json.loads(args.record.read_text())
-    tried = Counter(record["tried"])
-    jobs = [(check, loss) for loss in args.losses for check in args.checks]
+    tried, unfinished = Counter(record["tried"]), Counter(record["unfinished"])
+    jobs = [job for job in JOBS if job[0] in args.checks and job[1] in args.losses]
     random.Random(0).shuffle(jobs)
     signal.signal(signal.SIGALRM, _hang)
     began, slowest = time.monotonic(), (0.0, 0)
@@ -51,7 +51,7 @@ def main() -> None:
         started = time.monotonic()
         signal.alarm(_SECONDS_EACH)
         try:
-            run(check, loss, recipe)
+            unfinished[loss] += run(check, loss, recipe) > 0
         except Exception as error:  # whatever it is, it is a finding
             found = {
                 "number": number,
@@ -70,11 +70,15 @@ def main() -> None:
         number += 1
         if number % 500 == 0:
             print(f"{number} tried, {len(record['found'])} found", flush=True)
-            _save(args.record, record, number, tried, began)
-    _save(args.record, record, number, tried, began)
-    for job, count in sorted(tried.items()):
-        bad = sum(f"{f['loss']}: {f['check']}" == job for f in record["found"])
-        print(f"{job:40} {count:7} tried {bad:5} found")
+            _save(args.record, record, number, tried, unfinished)
+    _save(args.record, record, number, tried, unfinished)
+    print(f"\n{'':20}" + "".join(f"{check[:9]:>10}" for check in args.checks))
+    for loss in args.losses:
+        row = [tried.get(f"{loss}: {check}", 0) for check in args.checks]
+        print(f"{loss:20}" + "".join(f"{count or '':>10}" for count in row))
+    for loss, count in unfinished.items():
+        if count:
+            print(f"{loss}: {count} problems with a ConvergenceWarning")
     print(
         f"{number - first} problems in this run, {number} in all, "
         f"{len(record['found'])} findings; the slowest was #{slowest[1]} with {slowest[0]:.1f} s"
@@ -85,8 +89,8 @@ def _hang(*unused: object) -> None:
     raise TimeoutError(f"no result within {_SECONDS_EACH} s")
 
 
-def _save(path: Path, record: dict, number: int, tried: Counter, began: float) -> None:
-    record.update(next=number, tried=dict(tried))
+def _save(path: Path, record: dict, number: int, tried: Counter, unfinished: Counter) -> None:
+    record.update(next=number, tried=dict(tried), unfinished=dict(unfinished))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1))
 
