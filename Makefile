@@ -17,13 +17,16 @@ EXAMPLE := examples.decalign table --config examples/decalign/configs/digits.yam
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel bench test-gpu bench-gpu clean
+.PHONY: help test fuzz example lint format types docs wheel bench test-gpu bench-gpu clean
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## Give random hostile problems to every loss, going on from the last run (ARGS="--seconds 600")
+	$(PY) -m tests.fuzz $(ARGS)
 
 example: $(VENV)/.installed-example ## Train and evaluate the reference model on digits
 	$(PY) -m $(EXAMPLE) $(ARGS)

@@ -228,10 +228,16 @@ def _seeded(loss, **options):
 
 
 def _prototypes(features, weights=None, **options):
-    # Epsilon in the data's own unit: no homotopy of many levels where it does not matter here.
-    generator = torch.Generator().manual_seed(0)
+    # Epsilon in the data's own unit. Far below it plans are permutations, and these are degenerate.
+    unit = spread(Problem(list(features), list(weights or [None] * len(features))))
     return prototype_alignment_loss(
-        features, weights, num_prototypes=3, em_iterations=4, generator=generator, **options
+        features,
+        weights,
+        num_prototypes=3,
+        em_iterations=4,
+        epsilon=0.1 * unit if 0 < unit < math.inf else 0.1,
+        generator=torch.Generator().manual_seed(0),
+        **options,
     )
 
 
@@ -281,7 +287,6 @@ LOSSES = {
     "mmd": Loss(mmd_loss, nonnegative=True, zero=True),
     "mmd median": Loss(
         partial(mmd_loss, bandwidth="median"),
-        degree=0,
         rotates=False,  # of equal samples, distances of 0 become distances of a rounding
         nonnegative=True,
         zero=True,
