@@ -259,7 +259,8 @@ def _pairwise_spread(values: Tensor, present: Tensor) -> Tensor:
     first = present.argmax(0, keepdim=True).expand(1, *values.shape[1:])
     values = values - values.detach().gather(0, first)
     mean = (present * values).sum(0) / count.clamp_min(1)
-    return count * (present * (values - mean).square()).sum(0)
+    # Blanked before the square, which may leave the range: 0 times infinity is NaN.
+    return count * (present * (values - mean)).square().sum(0)
 
 
 def _check_options(moments: Sequence[str], feature_reduction: str, eps: float) -> None:

@@ -226,6 +226,25 @@ def test_what_is_missing_counts_0_and_keeps_the_graph(name, absent, dtype):
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", {**DISTRIBUTIONS, **PROTOTYPES})
+def test_a_modality_alone_costs_0_whatever_its_squares(name):
+    features = [torch.randn(5, 3).float(), 1e16 * torch.randn(4, 3).float() + 1e18]
+    value, grads = evaluate(LOSSES[name], features, [torch.zeros(5), None])
+    assert_finite(value, grads)
+    if not name.startswith("prototypes"):
+        assert value.abs() <= 1e-5 * 1e32
+
+
+@pytest.mark.parametrize("moments", [["mean"], ["covariance"]])
+def test_what_an_absent_modality_lacks_does_not_overflow(moments):
+    features = [torch.randn(5, 3).float(), 1e12 * torch.randn(4, 3).float() + 1e22]
+    value, grads = evaluate(
+        partial(gaussian_moment_loss, moments=moments), features, [torch.zeros(5), None]
+    )
+    assert value == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
 @every_loss
 @every_dtype
 def test_weights_are_normalised(name, dtype):
