@@ -30,6 +30,8 @@ __all__ = ["MMDLoss", "mmd_loss"]
 _HELD_ENTRIES = 2**16
 # The median distance is taken over at most so many samples, evenly spaced among all.
 _MEDIAN_SAMPLES = 2048
+# Samples at this part of the largest squared distance count as equal.
+_EQUAL = 1e-14
 
 Bandwidth = float | Sequence[float] | Literal["median"]
 Estimator = Literal["biased", "unbiased", "random_features"]
@@ -298,7 +300,11 @@ def _median_distance(samples: Samples) -> Tensor:
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device
     )
-    distances = squared_euclidean_cost(points, points)[..., rows, columns].sqrt()
+    # In float64, and 0 below its rounding: the distance of equal samples is no bandwidth.
+    wide = points.double()
+    squares = squared_euclidean_cost(wide, wide)
+    equal = squares <= _EQUAL * squares.amax((-2, -1), keepdim=True)
+    distances = torch.where(equal, 0.0, squares)[..., rows, columns].sqrt().to(points.dtype)
     counted = there[..., rows] & there[..., columns]
     # Pairs with an absent sample go last, where the middle of the others does not reach them.
     distances = torch.where(counted, distances, math.inf).sort(-1).values

@@ -19,9 +19,13 @@ from pathlib import Path
 import torch
 
 from tests.hostile import CHECKS, JOBS, LOSSES, applies, draw_recipe, run
+from tests.hostile_transport import draw_problem, solve
 
 # Longer than this is a hang.
 _SECONDS_EACH = 60
+# The transport solver by itself has so many of the problems, to one for each law of each loss.
+_SOLVER_SHARE = 40
+SOLVER = ("solution", "solver")
 
 
 def main() -> None:
@@ -31,8 +35,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long")
     parser.add_argument("--start", type=int, default=0, help="first problem, if none is recorded")
     parser.add_argument("--record", type=Path, default=Path("runs/fuzz.json"))
-    parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
-    parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS))
+    losses, checks = [*LOSSES, SOLVER[1]], [*CHECKS, SOLVER[0]]
+    parser.add_argument("--losses", nargs="*", default=losses, choices=losses)
+    parser.add_argument("--checks", nargs="*", default=checks, choices=checks)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -40,18 +45,28 @@ def main() -> None:
     if args.record.exists():
         record = json.loads(args.record.read_text())
     tried, unfinished = Counter(record["tried"]), Counter(record["unfinished"])
-    jobs = [job for job in JOBS if job[0] in args.checks and job[1] in args.losses]
+    jobs = [*JOBS, *[SOLVER] * _SOLVER_SHARE]
+    jobs = [job for job in jobs if job[0] in args.checks and job[1] in args.losses]
     random.Random(0).shuffle(jobs)
     signal.signal(signal.SIGALRM, _hang)
     began, slowest = time.monotonic(), (0.0, 0)
     first = number = record["next"]
     while number < args.examples and time.monotonic() - began < args.seconds:
         check, loss = jobs[number % len(jobs)]
-        recipe = draw_recipe(random.Random(number))
+        if loss == SOLVER[1]:
+            problem = draw_problem(number)
+            recipe = problem.recipe
+        else:
+            recipe = applies(loss, draw_recipe(random.Random(number)))
         started = time.monotonic()
         signal.alarm(_SECONDS_EACH)
         try:
-            unfinished[loss] += run(check, loss, recipe) > 0
+            if loss == SOLVER[1]:
+                solution = solve(problem)
+                swept = recipe["method"] == "sinkhorn"
+                unfinished["solver"] += not swept and not bool(solution.converged.all())
+            else:
+                unfinished[loss] += run(check, loss, recipe) > 0
         except Exception as error:  # whatever it is, it is a finding
             found = {
                 "number": number,
@@ -59,7 +74,7 @@ def main() -> None:
                 "loss": loss,
                 "error": f"{type(error).__name__}: {error}".strip()[:500],
                 "where": traceback.format_exc().strip().splitlines()[-4:-1],
-                "recipe": repr(applies(loss, recipe)),
+                "recipe": repr(recipe),
             }
             record["found"].append(found)
             print(f"#{number} {loss}: {check}: {found['error']}\n  {found['recipe']}", flush=True)
@@ -78,9 +93,9 @@ def main() -> None:
         print(f"{loss:20}" + "".join(f"{count or '':>10}" for count in row))
     for loss, count in unfinished.items():
         if count:
-            print(f"{loss}: {count} problems with a ConvergenceWarning")
+            print(f"{loss}: {count} problems were left unfinished, with a ConvergenceWarning")
     print(
-        f"{number - first} problems in this run, {number} in all, "
+        f"{number - first} problems in this run, {sum(tried.values())} in all, "
         f"{len(record['found'])} findings; the slowest was #{slowest[1]} with {slowest[0]:.1f} s"
     )
 

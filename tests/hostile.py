@@ -347,6 +347,8 @@ def applies(name: str, recipe: Recipe) -> Recipe:
         recipe = replace(recipe, sizes=tuple(max(2, n) for n in recipe.sizes))
     if name == "decoupling":
         recipe = replace(recipe, batch=())
+    if name == "random features":  # of larger phases the digits are lost
+        recipe = replace(recipe, scale=min(recipe.scale, 1e3))
     if name in ("prototypes full", "prototypes tied"):
         recipe = replace(recipe, dim=min(recipe.dim, 48))
     return recipe
