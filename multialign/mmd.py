@@ -295,6 +295,8 @@ def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)
     there = torch.cat([mass != 0 for mass in samples.masses], -1)
+    if points.shape[-2] < 2:
+        return points.new_ones(points.shape[:-2])
     stride = max(1, -(-points.shape[-2] // _MEDIAN_SAMPLES))
     points, there = points[..., ::stride, :], there[..., ::stride]
     rows, columns = torch.triu_indices(
@@ -309,8 +311,6 @@ def _median_distance(samples: Samples) -> Tensor:
     # Pairs with an absent sample go last, where the middle of the others does not reach them.
     distances = torch.where(counted, distances, math.inf).sort(-1).values
     count = counted.sum(-1, keepdim=True)
-    if distances.shape[-1] == 0:
-        return points.new_ones(points.shape[:-2])
     low = distances.gather(-1, ((count - 1) // 2).clamp_min(0)).squeeze(-1)
     high = distances.gather(-1, (count // 2).clamp_max(distances.shape[-1] - 1)).squeeze(-1)
     median = (low + high) / 2
