@@ -18,13 +18,16 @@ DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel release-check bench test-gpu bench-gpu clean
+.PHONY: help test example lint format types docs wheel release-check bench fuzz test-gpu bench-gpu clean
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## Give random hostile problems to every loss, going on from the last run (ARGS="--seconds 600")
+	$(PY) -m tests.fuzz $(ARGS)
 
 example: $(VENV)/.installed-example ## Train and evaluate the reference model on digits
 	$(PY) -m $(EXAMPLE) ablate --halves modules $(DIGITS) $(ARGS)

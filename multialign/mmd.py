@@ -18,6 +18,7 @@ from multialign._validation import (
     check_positive,
     check_samples,
     full_precision,
+    reference_row,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import gaussian_form
@@ -29,6 +30,8 @@ __all__ = ["MMDLoss", "mmd_loss"]
 _HELD_ENTRIES = 2**16
 # The median distance is taken over at most so many samples, evenly spaced among all.
 _MEDIAN_SAMPLES = 2048
+# Samples at this part of the largest squared distance count as equal.
+_EQUAL = 1e-14
 
 Bandwidth = float | Sequence[float] | Literal["median"]
 Estimator = Literal["biased", "unbiased", "random_features"]
@@ -109,6 +112,7 @@ def mmd_loss(
                 )
 
     with full_precision(samples.features[0]):
+        samples = _gather_absent(samples)
         sigmas = _bandwidths(bandwidth, samples)
         if estimator == "random_features":
             first = samples.features[0]
@@ -193,6 +197,22 @@ class MMDLoss(nn.Module):
         return text
 
 
+def _gather_absent(samples: Samples) -> Samples:
+    """Move absent rows to where one of the others is.
+
+    Elsewhere they would pull the origin that distances are measured from away from the data, which
+    then lose their digits to the offset.
+    """
+    if not samples.weighted:
+        return samples
+    row = reference_row(torch.cat(samples.features, -2), torch.cat(samples.masses, -1))
+    features = [
+        torch.where(mass.unsqueeze(-1) == 0, row, x)
+        for x, mass in zip(samples.features, samples.masses, strict=True)
+    ]
+    return samples._replace(features=features)
+
+
 def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: bool) -> Tensor:
     """Return the sum of MMD^2 over pairs i < j, `(*batch)`."""
     present = samples.present
@@ -275,18 +295,22 @@ def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)
     there = torch.cat([mass != 0 for mass in samples.masses], -1)
+    if points.shape[-2] < 2:
+        return points.new_ones(points.shape[:-2])
     stride = max(1, -(-points.shape[-2] // _MEDIAN_SAMPLES))
     points, there = points[..., ::stride, :], there[..., ::stride]
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device
     )
-    distances = squared_euclidean_cost(points, points)[..., rows, columns].sqrt()
+    # In float64, and 0 below its rounding: the distance of equal samples is no bandwidth.
+    wide = points.double()
+    squares = squared_euclidean_cost(wide, wide)
+    equal = squares <= _EQUAL * squares.amax((-2, -1), keepdim=True)
+    distances = torch.where(equal, 0.0, squares)[..., rows, columns].sqrt().to(points.dtype)
     counted = there[..., rows] & there[..., columns]
     # Pairs with an absent sample go last, where the middle of the others does not reach them.
     distances = torch.where(counted, distances, math.inf).sort(-1).values
     count = counted.sum(-1, keepdim=True)
-    if distances.shape[-1] == 0:
-        return points.new_ones(points.shape[:-2])
     low = distances.gather(-1, ((count - 1) // 2).clamp_min(0)).squeeze(-1)
     high = distances.gather(-1, (count // 2).clamp_max(distances.shape[-1] - 1)).squeeze(-1)
     median = (low + high) / 2

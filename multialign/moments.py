@@ -255,8 +255,12 @@ def _pairwise_spread(values: Tensor, present: Tensor) -> Tensor:
     n sum_i (v_i - mean)^2 with the mean over the n modalities present, which takes M terms.
     """
     count = present.sum(0)
+    # Measured from one of them, equal values have differences that are exactly 0.
+    first = present.argmax(0, keepdim=True).expand(1, *values.shape[1:])
+    values = values - values.detach().gather(0, first)
     mean = (present * values).sum(0) / count.clamp_min(1)
-    return count * (present * (values - mean).square()).sum(0)
+    # Blanked before the square, which may leave the range: 0 times infinity is NaN.
+    return count * (present * (values - mean)).square().sum(0)
 
 
 def _check_options(moments: Sequence[str], feature_reduction: str, eps: float) -> None:

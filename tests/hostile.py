@@ -1,0 +1,654 @@
+"""Hostile problems, and what has to hold for every loss on each of them.
+
+A `Recipe` says in a line how a problem is made, so that a failure can be repeated from its print.
+Hypothesis and `make fuzz` draw recipes with the same function and check the same laws.
+"""
+
+import math
+import random
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from hypothesis import strategies as st
+
+from multialign import (
+    ConvergenceWarning,
+    cosine_decoupling_loss,
+    gaussian_moment_loss,
+    mmd_loss,
+    multi_marginal_sinkhorn_loss,
+    prototype_alignment_loss,
+)
+
+KINDS = ("normal", "duplicates", "equal", "constant feature", "zero feature", "clusters", "line")
+WEIGHTS = ("none", "ones", "random", "some zero", "mask", "single", "absent", "extreme")
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
+JUNK = (math.nan, math.inf, -math.inf, 1e30, 0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a problem is made."""
+
+    seed: int
+    dtype: str
+    batch: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dim: int
+    scale: float
+    """The unit of everything."""
+    offset: float
+    """Where the samples lie, in units of `scale`."""
+    gap: float
+    """How far apart the modalities are, in units of `scale`."""
+    kinds: tuple[str, ...]
+    weights: tuple[str, ...]
+    junk: float
+    """What stands in rows of weight 0."""
+    layouts: tuple[str, ...]
+    wanted: tuple[bool, ...]
+    """Which modalities require a gradient."""
+
+
+def draw_recipe(rng: random.Random) -> Recipe:
+    """Draw a recipe: mostly small, sometimes large in one way."""
+
+    def size(limit: int) -> int:
+        return rng.choice([1, 2, 3, rng.randint(1, 12), rng.randint(1, limit)])
+
+    count = rng.choice([2, 2, 2, 3, 3, 4, 5, 6])
+    # The work of a complete graph is the product of sizes.
+    limit = {2: 200, 3: 60, 4: 16, 5: 8, 6: 5}[count]
+    sizes = [size(limit) for _ in range(count)]
+    if rng.random() < 0.4:
+        sizes = [sizes[0]] * count
+    dim = rng.choice([1, 2, 3, 8, 65, rng.randint(1, 40), rng.randint(1, 1100)])
+    dtype = rng.choice(["float32", "float32", "float64", "float64", "float16", "bfloat16"])
+    scale = rng.choice([1.0, 1.0, 10.0 ** rng.randint(-18, 18), 10.0 ** rng.randint(-4, 4)])
+    offset = rng.choice([0.0, 0.0, 1.0, 1e3, 1e6])
+    if dtype == "float16":
+        scale, offset = 10.0 ** rng.randint(-4, 2), rng.choice([0.0, 1.0, 10.0])
+    return Recipe(
+        seed=rng.randint(0, 2**31),
+        dtype=dtype,
+        batch=rng.choice([(), (), (), (1,), (2,), (2, 1)]),
+        sizes=tuple(sizes),
+        dim=dim,
+        scale=scale,
+        offset=offset,
+        gap=rng.choice([0.0, 0.0, 1e-3, 1.0, 30.0]),
+        kinds=tuple(rng.choice(KINDS) for _ in sizes),
+        weights=tuple(rng.choice(("none", rng.choice(WEIGHTS))) for _ in sizes),
+        junk=rng.choice(JUNK),
+        layouts=tuple(rng.choice(LAYOUTS) for _ in sizes),
+        wanted=tuple(rng.random() < 0.7 for _ in sizes),
+    )
+
+
+recipes = st.randoms(use_true_random=False).map(draw_recipe)
+
+
+@dataclass
+class Problem:
+    """Features `(*batch, N_m, D)` and weights `(*batch, N_m)` or None, by modality."""
+
+    features: list[torch.Tensor]
+    weights: list[torch.Tensor | None]
+
+    def double(self) -> "Problem":
+        """Return the same numbers in float64, as leaves of their own."""
+        return Problem(
+            [x.detach().double().requires_grad_(x.requires_grad) for x in self.features],
+            [None if w is None else w.detach().double() for w in self.weights],
+        )
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Problem":
+        """Return the problem with a function applied to the features."""
+        return replace(self, features=[function(x.detach()) for x in self.features])
+
+    def present(self) -> list[torch.Tensor]:
+        """Return which samples are there, `(*batch, N_m)`."""
+        return [
+            torch.ones(x.shape[:-1], dtype=torch.bool) if w is None else w != 0
+            for x, w in zip(self.features, self.weights)
+        ]
+
+
+def build(recipe: Recipe) -> Problem:
+    """Make the problem."""
+    rng = torch.Generator().manual_seed(recipe.seed)
+    dtype = getattr(torch, recipe.dtype)
+    features, weights = [], []
+    for m, size in enumerate(recipe.sizes):
+        x = _samples(recipe.kinds[m], (*recipe.batch, size, recipe.dim), rng)
+        x = (recipe.scale * (x + recipe.offset + m * recipe.gap)).to(dtype)
+        weight = _weights(recipe.weights[m], (*recipe.batch, size), rng)
+        if weight is not None:
+            weight = weight if weight.dtype == torch.bool else weight.to(dtype)
+            x = torch.where(weight.unsqueeze(-1) == 0, x.new_full((), recipe.junk), x)
+        x = _laid_out(x, recipe.layouts[m])
+        features.append(x.requires_grad_(recipe.wanted[m]))
+        weights.append(weight)
+    return Problem(features, weights)
+
+
+def _samples(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
+    x = torch.randn(shape, generator=rng, dtype=torch.float64)
+    if kind == "duplicates":
+        pick = torch.randint(0, (shape[-2] + 2) // 3, shape[-2:-1], generator=rng)
+        return x[..., pick, :]
+    if kind == "equal":
+        return x[..., :1, :].expand(shape).clone()
+    if kind == "constant feature":
+        x[..., 0] = 1.0
+    if kind == "zero feature":
+        x[..., -1] = 0.0
+    if kind == "clusters":
+        x = 1e-3 * x + 100.0 * torch.randint(0, 3, (shape[-2], 1), generator=rng)
+    if kind == "line":
+        x = x[..., :1] * torch.randn(shape[-1], generator=rng, dtype=torch.float64)
+    return x
+
+
+def _weights(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor | None:
+    w = torch.rand(shape, generator=rng, dtype=torch.float64) + 0.1
+    if kind == "none":
+        return None
+    if kind == "ones":
+        return torch.ones(shape, dtype=torch.float64)
+    if kind == "some zero":
+        return torch.where(torch.rand(shape, generator=rng) < 0.5, 0.0, w)
+    if kind == "mask":
+        return torch.rand(shape, generator=rng) < 0.7
+    if kind == "single":
+        w[..., 1:] = 0.0
+    if kind == "absent":
+        w[...] = 0.0
+    if kind == "extreme":
+        # Within what float16 can hold, and with a weight of 0 among them.
+        w = 10.0 ** torch.randint(-4, 5, shape, generator=rng)
+        w[..., shape[-1] // 2] = 0.0
+    return w
+
+
+def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+    if layout == "expanded" and x.shape[-2] > 1 and bool((x == x[..., :1, :]).all()):
+        return x[..., :1, :].expand(x.shape)
+    return x
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and the laws that hold for it."""
+
+    call: Callable[..., torch.Tensor]
+    degree: int | None = None
+    """Times s, the features give s^degree times the loss."""
+    translates: bool = True
+    rotates: bool = True
+    symmetric: bool = True
+    """In the modalities."""
+    permutes: bool = True
+    """Whether the order of samples does not matter."""
+    nonnegative: bool = False
+    zero: bool = False
+    """At equality."""
+    batches: bool = True
+    pads: bool = True
+    """Whether padding does not even change the way to the result."""
+    compares: bool = True
+    """Whether float32 has to come near float64: not where seeds are drawn."""
+    twice: bool = False
+    """Whether it needs two samples a modality."""
+    size: Callable[[float, int], float] = lambda spread, dim: 1.0
+    """Its natural size, from the mean squared distance from the mean and D."""
+
+    def __call__(self, problem: Problem) -> torch.Tensor:
+        return self.call(problem.features, problem.weights)
+
+
+def _decoupling(features, weights=None):
+    return cosine_decoupling_loss(features, [x.flip(-1) for x in features], weights)
+
+
+def _seeded(loss, **options):
+    def call(features, weights=None):
+        generator = torch.Generator().manual_seed(0)
+        return loss(features, weights, generator=generator, **options)
+
+    return call
+
+
+def _prototypes(features, weights=None, **options):
+    # Epsilon in the data's own unit. Far below it plans are permutations, and these are degenerate.
+    unit = spread(Problem(list(features), list(weights or [None] * len(features))))
+    return prototype_alignment_loss(
+        features,
+        weights,
+        num_prototypes=3,
+        em_iterations=4,
+        epsilon=0.1 * unit if 0 < unit < math.inf else 0.1,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+
+
+def _square(spread: float, dim: int) -> float:
+    return spread
+
+
+def _sinkhorn(spread: float, dim: int) -> float:
+    return spread if spread > 0 else 1.0  # epsilon is 1 then
+
+
+LOSSES = {
+    "decoupling": Loss(
+        _decoupling, degree=0, translates=False, rotates=False, nonnegative=True, batches=False
+    ),
+    "mean": Loss(
+        partial(gaussian_moment_loss, moments=["mean"]),
+        degree=2,
+        nonnegative=True,
+        zero=True,
+        size=_square,
+    ),
+    "covariance": Loss(
+        partial(gaussian_moment_loss, moments=["covariance"]),
+        degree=4,
+        nonnegative=True,
+        zero=True,
+        size=lambda spread, dim: spread**2,
+    ),
+    "skewness": Loss(
+        partial(gaussian_moment_loss, moments=["skewness"], eps=0.0),
+        degree=0,
+        rotates=False,
+        nonnegative=True,
+        zero=True,
+        compares=False,  # of a feature constant up to rounding, it is that of the rounding
+        size=lambda spread, dim: 1e3 * dim,
+    ),
+    "moments": Loss(
+        gaussian_moment_loss,
+        rotates=False,
+        nonnegative=True,
+        zero=True,
+        compares=False,
+        size=lambda spread, dim: spread + spread**2 + 1e3 * dim,
+    ),
+    "mmd": Loss(mmd_loss, nonnegative=True, zero=True),
+    "mmd median": Loss(
+        partial(mmd_loss, bandwidth="median"),
+        rotates=False,  # of equal samples, distances of 0 become distances of a rounding
+        nonnegative=True,
+        zero=True,
+        compares=False,
+    ),
+    "mmd unbiased": Loss(partial(mmd_loss, estimator="unbiased"), twice=True),
+    "random features": Loss(
+        _seeded(mmd_loss, estimator="random_features", num_features=16),
+        rotates=False,
+        nonnegative=True,
+        zero=True,
+        compares=False,
+    ),
+    "sinkhorn": Loss(
+        multi_marginal_sinkhorn_loss, degree=2, nonnegative=True, zero=True, size=_sinkhorn
+    ),
+    "sinkhorn chain": Loss(
+        partial(multi_marginal_sinkhorn_loss, graph="chain"),
+        degree=2,
+        symmetric=False,
+        zero=True,
+        size=_sinkhorn,
+    ),
+    # Sweeps are slow at a small epsilon, and say so: what has to hold is what holds of any state.
+    "sinkhorn sweeps": Loss(
+        partial(multi_marginal_sinkhorn_loss, graph="cycle", method="sinkhorn", max_iterations=100),
+        degree=2,
+        symmetric=False,
+        permutes=False,
+        pads=False,
+        size=_sinkhorn,
+    ),
+    **{
+        f"prototypes {kind}": Loss(
+            partial(_prototypes, covariance_type=kind, matching=matching),
+            translates=False,
+            rotates=False,
+            symmetric=False,
+            permutes=False,
+            batches=False,
+            pads=False,
+            compares=False,
+            size=_square,
+        )
+        for kind, matching in [
+            ("diag", "index"),
+            ("full", "plan"),
+            ("tied", "index"),
+            ("spherical", "plan"),
+        ]
+    },
+}
+
+
+def applies(name: str, recipe: Recipe) -> Recipe:
+    """Return the recipe as this loss can take it."""
+    if LOSSES[name].twice:
+        recipe = replace(recipe, sizes=tuple(max(2, n) for n in recipe.sizes))
+    if name == "decoupling":
+        recipe = replace(recipe, batch=())
+    if name == "random features":  # of larger phases the digits are lost
+        recipe = replace(recipe, scale=min(recipe.scale, 1e3))
+    if name in ("prototypes full", "prototypes tied"):
+        recipe = replace(recipe, dim=min(recipe.dim, 48))
+    return recipe
+
+
+# What is checked. Each takes the name of a loss and a recipe, and raises AssertionError.
+
+
+def finite(name: str, recipe: Recipe) -> None:
+    """Finite in, finite out: value and every gradient; and nothing else is touched."""
+    loss, problem = LOSSES[name], build(recipe)
+    before = [None if t is None else t.detach().clone() for t in _tensors(problem)]
+    with state_unchanged():
+        value = loss(problem)
+        grads = _gradients(value, problem)
+    for old, new in zip(before, _tensors(problem)):
+        assert old is None or torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0)), "input changed"
+    wide = problem.double()
+    exact = loss(wide)
+    exact_grads = _gradients(exact, wide)
+    limit = torch.finfo(value.dtype).max / 1e3
+    assert value.ndim == 0
+    assert value.dtype == (torch.float64 if recipe.dtype == "float64" else torch.float32)
+    if name.startswith("mmd") and spread(wide) > limit:
+        return  # a kernel is a function of squared distances
+    if not _representable(exact, limit):
+        assert recipe.dtype != "float64", f"float64 gives {exact}"
+        return
+    assert value.isfinite(), f"{value} where float64 gives {exact}"
+    for m, (x, grad, ideal) in enumerate(zip(problem.features, grads, exact_grads)):
+        if grad is None:
+            continue
+        assert grad.shape == x.shape
+        assert ideal.isfinite().all() or recipe.dtype != "float64", f"gradient {m} in float64"
+        if _representable(ideal, min(limit, torch.finfo(x.dtype).max / 1e3)):
+            bad = (~grad.isfinite()).sum()
+            assert bad == 0, f"gradient {m} has {bad} of {grad.numel()} not finite"
+        absent = ~problem.present()[m]
+        assert (grad[absent] == 0).all(), f"gradient {m} at absent samples"
+    if loss.compares:
+        size = loss.size(spread(wide), recipe.dim)
+        # Samples at a large offset are read to that many digits.
+        unit = torch.finfo(value.dtype).eps * (1 + recipe.offset + 6 * recipe.gap)
+        if name.startswith("mmd"):  # squared distances come from products, in units of 1 here
+            unit += torch.finfo(value.dtype).eps * spread(wide)
+        close(value.double(), exact, 1e-3 + 100 * unit, (1e-3 + 100 * unit) * size)
+
+
+def non_finite(name: str, recipe: Recipe) -> None:
+    """Non-finite in, non-finite out, from any sample that is there."""
+    problem = build(recipe)
+    there = [m for m, present in enumerate(problem.present()) if bool(present.any())]
+    if len(there) < 2:
+        return
+    m = there[recipe.seed % len(there)]
+    rows = problem.present()[m].nonzero()
+    row = tuple(rows[recipe.seed % len(rows)].tolist())
+    x = problem.features[m].detach().clone()
+    x[(*row, recipe.seed % recipe.dim)] = (math.nan, math.inf, -math.inf)[recipe.seed % 3]
+    problem.features[m] = x
+    if LOSSES[name].twice and min(int(p.sum(-1).min()) for p in problem.present()) < 2:
+        return  # such a modality is out
+    if any(not bool(p.any(-1).all()) for p in problem.present()):
+        return  # in some problem of the batch it may be the only one
+    value = LOSSES[name](problem)
+    assert not value.isfinite(), f"{value} with a non-finite sample"
+
+
+def translation(name: str, recipe: Recipe) -> None:
+    """Adding one vector to all samples changes nothing."""
+    loss = LOSSES[name]
+    problem = build(_exact(recipe)).double()
+    shift = 4 * recipe.scale * torch.randn(recipe.dim, dtype=torch.float64)
+    _same(loss, problem, problem.map(lambda x: x + shift), recipe)
+
+
+def rotation(name: str, recipe: Recipe) -> None:
+    """Rotating all samples changes nothing."""
+    loss = LOSSES[name]
+    recipe = replace(_exact(recipe), dim=min(recipe.dim, 65))
+    problem = build(recipe).double()
+    q, _ = torch.linalg.qr(torch.randn(recipe.dim, recipe.dim, dtype=torch.float64))
+    turned = problem.map(lambda x: x.nan_to_num(0.0, 0.0, 0.0) @ q)
+    _same(loss, problem, turned, recipe)
+
+
+def scale(name: str, recipe: Recipe) -> None:
+    """Features times s give s^degree times the loss."""
+    loss = LOSSES[name]
+    problem = build(_exact(recipe)).double()
+    # A power of two: nothing is rounded.
+    factor = 2.0 ** (recipe.seed % 21 - 10)
+    _same(loss, problem, problem.map(lambda x: x * factor), recipe, factor**loss.degree)
+
+
+def samples_permuted(name: str, recipe: Recipe) -> None:
+    """The order of samples does not matter."""
+    loss = LOSSES[name]
+    problem = build(_exact(recipe)).double()
+    orders = [torch.randperm(n) for n in recipe.sizes]
+    turned = Problem(
+        [x[..., o, :] for x, o in zip(problem.features, orders)],
+        [None if w is None else w[..., o] for w, o in zip(problem.weights, orders)],
+    )
+    _same(loss, problem, turned, recipe)
+
+
+def modalities_permuted(name: str, recipe: Recipe) -> None:
+    """The order of modalities does not matter."""
+    loss = LOSSES[name]
+    problem = build(_exact(recipe)).double()
+    order = torch.randperm(len(recipe.sizes)).tolist()
+    turned = Problem([problem.features[m] for m in order], [problem.weights[m] for m in order])
+    _same(loss, problem, turned, recipe)
+
+
+def padding(name: str, recipe: Recipe) -> None:
+    """Rows of weight 0, whatever stands in them, change neither value nor gradients."""
+    loss = LOSSES[name]
+    problem = build(_exact(recipe)).double()
+    padded = Problem([], [])
+    for x, w in zip(problem.features, problem.weights):
+        rows = x.new_full((*x.shape[:-2], 3, x.shape[-1]), recipe.junk)
+        w = x.new_ones(x.shape[:-1]) if w is None else w
+        padded.features.append(torch.cat([rows[..., :1, :], x, rows[..., 1:, :]], -2))
+        padded.weights.append(torch.nn.functional.pad(w, (1, 2)))
+    value = _same(loss, problem, padded, recipe)
+    if value is None or not any(x.requires_grad for x in problem.features):
+        return
+    size = loss.size(spread(problem), recipe.dim) / max(spread(problem), 1e-300) ** 0.5
+    grads, padded_grads = _gradients(loss(problem), problem), _gradients(loss(padded), problem)
+    for grad, padded_grad in zip(grads, padded_grads):
+        if grad is not None:
+            close(padded_grad, grad, 1e-3, 1e-3 * size)
+
+
+def batch(name: str, recipe: Recipe) -> None:
+    """The loss of a batch is the mean of its problems'."""
+    loss = LOSSES[name]
+    recipe = replace(_exact(recipe), batch=(2,))
+    problem = build(recipe).double()
+    singles = [
+        loss(
+            Problem(
+                [x[b] for x in problem.features],
+                [None if w is None else w[b] for w in problem.weights],
+            )
+        )
+        for b in range(2)
+    ]
+    value = loss(problem)
+    size = loss.size(spread(problem), recipe.dim)
+    close(value, torch.stack(singles).mean(), 1e-6, _accuracy(name, recipe) * size)
+
+
+def sign(name: str, recipe: Recipe) -> None:
+    """Not negative, and 0 where all modalities are equal."""
+    loss, problem = LOSSES[name], build(recipe)
+    if recipe.batch and name.startswith("sinkhorn"):
+        recipe = replace(recipe, batch=())  # a problem of diameter 0 has epsilon 1, its own unit
+        problem = build(recipe)
+    size = loss.size(spread(problem.double()), recipe.dim)
+    slack = max(_accuracy(name, recipe), 30 * torch.finfo(problem.features[0].dtype).eps) * size
+    if loss.nonnegative:
+        value = loss(problem)
+        assert not value < -slack, f"{value} is negative (slack {slack:.2g})"
+    if loss.zero:
+        count = len(problem.features)
+        equal = Problem([problem.features[0]] * count, [problem.weights[0]] * count)
+        value = loss(equal)
+        size = loss.size(spread(equal.double()), recipe.dim)
+        slack = max(_accuracy(name, recipe), 30 * torch.finfo(value.dtype).eps) * size
+        representable = size < torch.finfo(value.dtype).max / 1e6
+        assert not representable or value.abs() <= slack, f"{value} at equality ({slack:.2g})"
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        finite,
+        non_finite,
+        translation,
+        rotation,
+        scale,
+        samples_permuted,
+        modalities_permuted,
+        padding,
+        batch,
+        sign,
+    )
+}
+
+
+def holds(check: str, name: str) -> bool:
+    """Return whether a law is one of this loss."""
+    loss = LOSSES[name]
+    return {
+        "translation": loss.translates,
+        "rotation": loss.rotates,
+        "scale": loss.degree is not None,
+        "samples_permuted": loss.permutes,
+        "modalities_permuted": loss.symmetric,
+        # Seeds are drawn from other rows, and sweeps made in another order.
+        "padding": loss.pads,
+        "batch": loss.batches,
+        "sign": loss.nonnegative or loss.zero,
+    }.get(check, True)
+
+
+JOBS = [(check, name) for name in LOSSES for check in CHECKS if holds(check, name)]
+
+
+def run(check: str, name: str, recipe: Recipe) -> int:
+    """Check one law of one loss on one problem; return how many warnings of convergence it gave."""
+    torch.manual_seed(recipe.seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        # An honest flag is no failure.
+        warnings.simplefilter("always", ConvergenceWarning)
+        CHECKS[check](name, applies(name, recipe))
+    return len(caught)
+
+
+@contextmanager
+def state_unchanged():
+    """Fail if grad mode, dtype, TF32 flags or the global generator are not as before."""
+
+    def state():
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            torch.get_rng_state().sum().item(),
+            torch.is_autocast_enabled("cpu"),
+            random.getstate(),
+        )
+
+    before = state()
+    yield
+    assert state() == before, "global state changed"
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
+    """Assert that two results are close, non-finite ones included."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def spread(problem: Problem) -> float:
+    """Return the mean squared distance of the samples that are there from their mean."""
+    rows = [x.detach()[there] for x, there in zip(problem.features, problem.present())]
+    x = torch.cat(rows).double()
+    if len(x) == 0:
+        return 0.0
+    # Distances within a modality and between modalities count alike.
+    return float((x - x.mean(0)).square().sum(-1).max())
+
+
+def _exact(recipe: Recipe) -> Recipe:
+    """Laws are tested in float64; half precision would only round the data."""
+    return replace(recipe, dtype="float64", scale=min(max(recipe.scale, 1e-18), 1e18))
+
+
+def _accuracy(name: str, recipe: Recipe) -> float:
+    """Return the error allowed, relative to the natural size of the loss."""
+    # The transport solver stops at this distance from the marginals.
+    solver = 1e-4 if recipe.dtype != "float64" else 1e-6
+    rounding = 1e-14 * (1 + recipe.offset + 6 * recipe.gap) ** 2
+    if name == "random features":
+        rounding += 1e-13 * recipe.scale  # of phases, which are in units of the bandwidth
+    if name.startswith("mmd"):
+        # Of squared distances, in units of the bandwidth, as matrix products have it.
+        rounding += 1e-15 * 1e4 * recipe.dim * recipe.scale**2
+    return (solver if name.startswith("sinkhorn") else 1e-8) + rounding
+
+
+def _same(loss, problem, other, recipe, factor=1.0):
+    name = next(key for key, value in LOSSES.items() if value is loss)
+    value, changed = loss(problem), loss(other)
+    size = loss.size(spread(problem), recipe.dim)
+    close(changed, factor * value, 1e-5, factor * _accuracy(name, recipe) * size)
+    return value
+
+
+def _tensors(problem: Problem) -> list[torch.Tensor | None]:
+    return [*problem.features, *problem.weights]
+
+
+def _gradients(value: torch.Tensor, problem: Problem) -> list[torch.Tensor | None]:
+    """Return the gradient of each modality that wants one."""
+    leaves = [x for x in problem.features if x.requires_grad]
+    if not leaves:
+        assert not value.requires_grad
+        return [None] * len(problem.features)
+    found = iter(torch.autograd.grad(value, leaves, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in problem.features]
+
+
+def _representable(x: torch.Tensor, limit: float) -> bool:
+    return bool((x.abs() <= limit).all())
