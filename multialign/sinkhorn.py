@@ -21,7 +21,12 @@ from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
 from multialign.transport.problem import make_problem
 from multialign.transport.solution import TransportSolution
-from multialign.transport.solver import Method, check_solver_options, solve_problem
+from multialign.transport.solver import (
+    Method,
+    check_solver_options,
+    default_tolerance,
+    solve_problem,
+)
 
 __all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
 
@@ -98,14 +103,16 @@ def multi_marginal_sinkhorn_loss(
     _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
     samples = pad_empty(check_samples(points, weights, name="points"))
     edges = _edges(graph, len(samples.features))
-    options = (tolerance, max_iterations, method, backend)
+    dtype = samples.features[0].dtype
+    options = (tolerance or default_tolerance(dtype), max_iterations, method, backend)
 
     with full_precision(samples.features[0]):
-        solution, level = _joint_term(samples, edges, epsilon, options)
+        # In float64: the divergence is a small difference of large values.
+        solution, level = _joint_term(samples, edges, epsilon, options, torch.float64)
         loss = solution.value
         if debias:
             loss = loss - _self_terms(samples, edges, level, options)
-        return loss.mean().to(samples.features[0].dtype)
+        return loss.mean().to(dtype)
 
 
 class MultiMarginalSinkhornLoss(nn.Module):
@@ -192,7 +199,8 @@ class MultiMarginalSinkhornLoss(nn.Module):
         edges = _edges(self.graph, len(samples.features))
         options = (self.tolerance, self.max_iterations, self.method, self.backend)
         with full_precision(samples.features[0]):
-            return _joint_term(samples, edges, self.epsilon, options)[0]
+            dtype = samples.features[0].dtype
+            return _joint_term(samples, edges, self.epsilon, options, dtype)[0]
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -228,13 +236,13 @@ def _joint_term(
     edges: Sequence[tuple[int, int]],
     epsilon: float | None,
     options: Options,
+    dtype: torch.dtype,
 ) -> tuple[TransportSolution, Tensor]:
     """Return the transport between the clouds, and the epsilon `(*batch)` that it took."""
-    # In float64: the divergence is a small difference of large values.
     points = [x.double() for x in samples.features]
     costs = {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
     level = _epsilon(epsilon, samples, costs)
-    return _solve(costs, samples.masses, level, samples, options), level
+    return _solve(costs, samples.masses, level, options, dtype), level
 
 
 @torch.no_grad()
@@ -265,11 +273,11 @@ def _solve(
     costs: Costs,
     marginals: Sequence[Tensor],
     epsilon: Tensor,
-    samples: Samples,
     options: Options,
+    dtype: torch.dtype,
 ) -> TransportSolution:
     masses = [mass.double() for mass in marginals]
-    problem = make_problem(costs, masses, epsilon, dtype=samples.features[0].dtype)
+    problem = make_problem(costs, masses, epsilon, dtype=dtype)
     return solve_problem(problem, *options)
 
 
@@ -288,7 +296,8 @@ def _self_terms(
         cost = squared_euclidean_cost(points, points)
         # The copy that stands for an absent modality is as absent.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
-        values = _solve(dict.fromkeys(edges, cost), copies, epsilon, samples, options).value
+        problem = (dict.fromkeys(edges, cost), copies, epsilon)
+        values = _solve(*problem, options, torch.float64).value
         total = total + (values * samples.present[group]).sum(0)
     return total / samples.present.sum(0).clamp_min(1)
 

@@ -52,7 +52,6 @@ def test_the_unit_of_cost_does_not_matter(norm):
     torch.testing.assert_close(solution.value / norm, expected.value)
 
 
-@pytest.mark.xfail(strict=True, reason="iterations: 50 steps of constant error count as rounding")
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-5])
 def test_a_tie_between_parts_of_equal_mass_is_solved(epsilon):
     # Half of the mass has its place in each column up to exp(-1 / epsilon): until potentials have
@@ -63,13 +62,13 @@ def test_a_tie_between_parts_of_equal_mass_is_solved(epsilon):
     torch.testing.assert_close(solution.transport_cost.item(), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="iterations: the same, with masses of 1e-9")
+@pytest.mark.xfail(strict=True, reason="iterations: 2000 steps of at most 10 do not get there")
+@pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
 def test_masses_near_nothing_do_not_stop_it():
     solution = multi_marginal_sinkhorn(*small_masses(), 1e-6)
     assert solution.converged
 
 
-@pytest.mark.xfail(strict=True, reason="hessian: the gradient of an indefinite matrix is NaN")
 @pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
 def test_an_unfinished_plan_is_finite_where_a_gradient_is_recorded():
     costs, marginals = small_masses()
@@ -97,9 +96,6 @@ def test_plans_of_more_than_16384_entries_have_gradients(edges):
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sinkhorn: both terms are rounded to float32, then subtracted"
-)
 def test_equal_clouds_without_diameter_have_divergence_0_in_float32():
     x = torch.ones(56, 8, dtype=torch.float32)
     assert multi_marginal_sinkhorn_loss([x, x, x]).abs() < 1e-7

@@ -7,7 +7,6 @@ side of differences of marginals is orthogonal to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -69,13 +68,17 @@ class DenseHessian:
         self._scaling, self._matrix = scaling, matrix
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
-        """Solve by a Cholesky factor; where there is none, the result is NaN."""
+        """Solve by a Cholesky factor; where rounding leaves none, by eigenvalues kept above 0."""
         matrix = self._scaling.matrix(self._matrix)
         matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         factor, info = torch.linalg.cholesky_ex(matrix)
         scaled = (self._scaling.inverse * right).unsqueeze(-1)
         solution = torch.cholesky_solve(scaled, factor).squeeze(-1)
-        solution = torch.where((info == 0).unsqueeze(-1), solution, math.nan)
+        if bool(info.any()):
+            values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+            values = torch.maximum(values, damping.unsqueeze(-1)).unsqueeze(-1)
+            other = (vectors @ ((vectors.mT @ scaled) / values)).squeeze(-1)
+            solution = torch.where((info == 0).unsqueeze(-1), solution, other)
         return self._scaling.inverse * solution
 
 

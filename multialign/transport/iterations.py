@@ -38,7 +38,8 @@ _CONJUGATE_STEPS = 100
 _LONGEST_STEP = 10.0
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 2.0**-10
-# At the last level, so many steps in a row without a smaller error are the end: rounding.
+# At the last level, so many steps in a row without a smaller error, or a higher dual, are
+# the end: rounding.
 _PATIENCE = {torch.float64: 50, torch.float32: 3}
 # Float32 is used where its rounding is below this part of the tolerance.
 _SINGLE = 0.03
@@ -234,7 +235,7 @@ class _Descent:
         self._rounding = 50 * torch.finfo(dtype).eps
         self._patience = _PATIENCE[dtype]
         self.state: Literal["step", "onward", "retry", "sweep", "stop"] = "step"
-        self._best, self._stalled = math.inf, 0
+        self._best, self._highest, self._stalled = math.inf, -math.inf, 0
         # The line search: the dual and its slope where it started, and the length tried.
         self._dual, self._slope, self.length = -math.inf, 0.0, 1.0
         self._now = -math.inf
@@ -247,8 +248,11 @@ class _Descent:
         self._now = dual
         arrived = self.epsilon <= self.target
         if arrived:
-            self._stalled = self._stalled + 1 if error >= self._best else 0
+            # Where parts of the plan tie, the dual can rise for long before the error falls.
+            rises = dual > self._highest + self._rounding * (1 + abs(dual))
+            self._stalled = 0 if error < self._best or rises else self._stalled + 1
             self._best = min(self._best, error)
+            self._highest = max(self._highest, dual)
         least = self._dual + _ARMIJO * self.length * self._slope
         self.searching = dual < least - self._rounding * (1 + abs(dual))
         finished = arrived and (error <= tolerance or self._stalled >= self._patience)

@@ -23,7 +23,7 @@ from multialign.transport.elimination import Beliefs, Edge, Which, Worker, belie
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
 from multialign.transport.problem import Problem, log_marginals
 
-__all__ = ["Evaluation", "Plan", "fits_vector", "has_dense_hessian", "make_plan"]
+__all__ = ["Evaluation", "Plan", "has_dense_hessian", "make_plan"]
 
 # Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
 _VECTOR_WORK = 2**18
@@ -67,18 +67,12 @@ class Plan(Protocol):
 
 def make_plan(problem: Problem, dtype: torch.dtype, backend: Worker = "torch") -> Plan:
     """Return the form of the plan that is fastest; `dtype` is that of large tables."""
-    if fits_vector(problem):
-        return _Vector(problem)
     entries = math.prod(problem.sizes) * problem.epsilon.numel()
+    if entries * sum(problem.sizes) ** 2 <= _VECTOR_WORK:
+        return _Vector(problem)
     if entries <= _TABLE_ENTRIES or any(len(scope) > 2 for scope in problem.costs):
         return _Table(problem)
     return _Pairwise(problem, dtype, backend)
-
-
-def fits_vector(problem: Problem) -> bool:
-    """Whether the plan is small enough to be kept whole, in a few operations a step."""
-    work = math.prod(problem.sizes) * sum(problem.sizes) ** 2
-    return work * problem.epsilon.numel() <= _VECTOR_WORK
 
 
 def has_dense_hessian(problem: Problem) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multialign.ops import logsumexp, register_batched_vmap
 from multialign.transport.elimination import Edge, Scope, beliefs, check_entries, join, log_marginal
-from multialign.transport.plans import fits_vector, make_plan
+from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, unflatten_problem
 
 __all__ = ["read_log_total", "read_marginals"]
@@ -62,13 +62,6 @@ def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]
 
 def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
-    if fits_vector(problem) and not torch.compiler.is_compiling():
-        with torch.no_grad():
-            hessian = (
-                make_plan(problem, torch.float64).evaluate(potentials, problem.epsilon).hessian
-            )
-        damping = torch.full_like(problem.epsilon, _DAMPING)
-        return hessian.solve(right, damping, damping, _CONJUGATE_STEPS)
     costs, scopes, marginals, *rest = problem.flatten()
     solution: Tensor = _Solve.apply(
         scopes, len(costs), right, *rest, potentials, *costs, *marginals

@@ -17,7 +17,13 @@ from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, make_problem, unflatten_problem
 from multialign.transport.solution import TransportSolution
 
-__all__ = ["ConvergenceWarning", "Method", "check_solver_options", "multi_marginal_sinkhorn"]
+__all__ = [
+    "ConvergenceWarning",
+    "Method",
+    "check_solver_options",
+    "default_tolerance",
+    "multi_marginal_sinkhorn",
+]
 
 Method = Literal["sinkhorn", "newton", "auto"]
 
@@ -111,7 +117,7 @@ def solve_problem(
     """Solve a problem that has been checked."""
     worker = choose_backend(backend, problem.epsilon)
     if tolerance is None:
-        tolerance = 1e-6 if problem.dtype == torch.float64 else 1e-4
+        tolerance = default_tolerance(problem.dtype)
     with full_precision(problem.epsilon):
         iterate = Iterate(
             *_solve(
@@ -212,6 +218,11 @@ def _solve_at_once(
 def _multiplies_exactly(backend: Worker) -> bool:
     """Whether products of float32 matrices are products in float32, which torch may be told not."""
     return backend == "triton" or torch.get_float32_matmul_precision() == "highest"
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the tolerance for results of this dtype."""
+    return 1e-6 if dtype == torch.float64 else 1e-4
 
 
 def check_solver_options(
