@@ -129,24 +129,8 @@ def test_small_epsilon_approaches_the_linear_program(sizes):
 @pytest.mark.parametrize("sizes", [(7, 8), (7, 8, 9), (5, 4, 6, 5)])
 def test_newton_converges_however_small_epsilon_is(sizes, kind, relative):
     for seed in range(3):
-        torch.manual_seed(seed)
-        points = [torch.randn(n, 3) + 0.5 * m for m, n in enumerate(sizes)]
-        for m, x in enumerate(points):
-            if kind == "outliers":
-                x[0] += 30
-            elif kind == "duplicates":
-                x[2:4] = x[:2].clone()
-            elif kind == "offset":
-                x += 100 * m
-        costs = {
-            (i, j): (points[i].unsqueeze(-2) - points[j].unsqueeze(-3)).square().sum(-1)
-            for i, j in GRAPHS["complete"](len(sizes))
-        }
-        # Of what a change of the potentials cannot take away.
-        centred = [c - c.mean(0) - c.mean(1, keepdim=True) + c.mean() for c in costs.values()]
-        epsilon = relative * sum(c.var().item() for c in centred) ** 0.5
-        marginals = [torch.rand(n) + 0.1 for n in sizes]
-        solution = multi_marginal_sinkhorn(costs, marginals, epsilon, tolerance=1e-6)
+        costs, marginals, deviation = hostile(sizes, kind, seed)
+        solution = multi_marginal_sinkhorn(costs, marginals, relative * deviation, tolerance=1e-6)
         assert solution.converged
         assert solution.iterations < 100
 
@@ -377,6 +361,21 @@ def differentiable(name, costs, marginals, epsilon, edges):
     return tuple(result) if isinstance(result, list) else result
 
 
+def gradients_are_right(sizes, graph, name):
+    """By gradcheck, in costs, marginals and epsilon."""
+    costs, marginals = problem(sizes, graph)
+    edges = list(costs)
+    inputs = [cost.requires_grad_() for cost in costs.values()]
+    inputs += [marginal.requires_grad_() for marginal in marginals]
+    inputs.append(torch.tensor(1.5, requires_grad=True))
+
+    def outputs(*tensors):
+        count = len(edges)
+        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
+
+    return gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
+
+
 FORMS = ["vector", "table", "pairwise", "conjugate gradients"]
 
 
@@ -433,17 +432,7 @@ def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
 )
 def test_gradients_of_each_form(sizes, graph, name, form, monkeypatch):
     use(monkeypatch, form)
-    costs, marginals = problem(sizes, graph)
-    edges = list(costs)
-    inputs = [cost.requires_grad_() for cost in costs.values()]
-    inputs += [marginal.requires_grad_() for marginal in marginals]
-    inputs.append(torch.tensor(1.5, requires_grad=True))
-
-    def outputs(*tensors):
-        count = len(edges)
-        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
-
-    assert gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
+    assert gradients_are_right(sizes, graph, name)
 
 
 def test_gradient_at_an_absent_atom_is_zero_in_each_form(monkeypatch):
@@ -470,17 +459,7 @@ def test_gradient_at_an_absent_atom_is_zero_in_each_form(monkeypatch):
     + [((2, 2, 2, 2, 2), graph) for graph in ("complete", "star", "cycle")],
 )
 def test_gradients(sizes, graph, name):
-    costs, marginals = problem(sizes, graph)
-    edges = list(costs)
-    inputs = [cost.requires_grad_() for cost in costs.values()]
-    inputs += [marginal.requires_grad_() for marginal in marginals]
-    inputs.append(torch.tensor(1.5, requires_grad=True))
-
-    def outputs(*tensors):
-        count = len(edges)
-        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
-
-    assert gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
+    assert gradients_are_right(sizes, graph, name)
 
 
 @pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "plan"])
