@@ -118,16 +118,16 @@ class PairwiseHessian:
         square = residual.square().sum(-1, keepdim=True)
         enough = square * tolerance.unsqueeze(-1) ** 2
         for _ in range(steps):
-            going = square > enough
-            if not bool(going.any()):
+            if not bool((square > enough).any()):
                 return inverse * solution, True
             image = torch.addcmul(inverse * self.times(inverse * direction), damping, direction)
             curvature = (direction * image).sum(-1, keepdim=True)
-            length = torch.where(going & (curvature > 0), square / curvature, 0.0)
+            # What is solved already has nothing but rounding left.
+            length = torch.where(curvature > 0, square / curvature, 0.0)
             solution = torch.addcmul(solution, length, direction)
             residual = torch.addcmul(residual, length, image, value=-1)
             before, square = square, residual.square().sum(-1, keepdim=True)
-            ratio = torch.where(going, square / before, 0.0)
+            ratio = torch.where(before > 0, square / before, 0.0)
             direction = torch.addcmul(residual, ratio, direction)
         return inverse * solution, False
 
