@@ -116,7 +116,10 @@ class _Marginals(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         edges, scopes = _flat(ctx.edges), _flat(ctx.scopes)
-        return None, None, *_marginals_backward(list(ctx.saved_tensors), edges, scopes, list(grads))
+        # Operators have no derivative of their own: second derivatives are not taken.
+        with torch.no_grad():
+            found = _marginals_backward(list(ctx.saved_tensors), edges, scopes, list(grads))
+        return None, None, *found
 
 
 class _Solve(torch.autograd.Function):
@@ -147,7 +150,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # H is symmetric.
-        solution = _Solve.forward(ctx.scopes, ctx.count, grad, *ctx.saved_tensors)
+        with torch.no_grad():
+            solution = _Solve.forward(ctx.scopes, ctx.count, grad, *ctx.saved_tensors)
         return None, None, solution, *[None] * len(ctx.saved_tensors)
 
 
