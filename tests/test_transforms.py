@@ -18,6 +18,7 @@ from multialign import (
     multi_marginal_sinkhorn,
     multi_marginal_sinkhorn_loss,
     prototype_alignment_loss,
+    squared_euclidean_cost,
 )
 
 
@@ -148,3 +149,29 @@ def test_inference_mode(name):
         torch.manual_seed(0)
         assert torch.equal(copy.deepcopy(MODULES[name])(features), expected)
         assert torch.is_inference_mode_enabled()
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize("name", ["divergence", "transport cost"])
+def test_problems_read_by_elimination(name):
+    """Too large for their plan to be built: what they read and solve are operators."""
+    points = [torch.randn(2, 30, 3) for _ in range(3)]
+
+    def divergence(x, y, z):
+        return multi_marginal_sinkhorn_loss([x, y, z], epsilon=2.0, tolerance=1e-11)
+
+    def transport_cost(x, y, z):
+        pairs = {(0, 1): (x, y), (0, 2): (x, z), (1, 2): (y, z)}
+        costs = {edge: squared_euclidean_cost(*pair) for edge, pair in pairs.items()}
+        uniform = [torch.ones(30)] * 3
+        solution = multi_marginal_sinkhorn(costs, uniform, 2.0, tolerance=1e-11)
+        return solution.transport_cost
+
+    function = divergence if name == "divergence" else transport_cost
+    first = [x[0].clone().requires_grad_() for x in points]
+    expected = torch.autograd.grad(function(*first), first)
+    gradient = torch.func.grad(function, argnums=(0, 1, 2))
+    torch.testing.assert_close(gradient(*[x[0] for x in points]), expected)
+    torch.testing.assert_close(tuple(g[0] for g in torch.func.vmap(gradient)(*points)), expected)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*first), first), expected)

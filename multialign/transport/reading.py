@@ -42,7 +42,7 @@ def read_log_total(problem: Problem, potentials: Tensor) -> Tensor:
     if _is_whole(problem):
         return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
     known = torch.zeros_like(problem.epsilon)
-    total: Tensor = _LogTotal.apply(list(pairs), known, *unaries, *pairs.values())
+    total: Tensor = _LogTotal.apply(_flat(list(pairs)), known, *unaries, *pairs.values())
     return total
 
 
@@ -54,7 +54,9 @@ def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]
         plan = _joined(unaries, pairs, problem).exp()
         gone = [[1 + p for p in everything if p not in scope] for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
-    log_total, *tables = _Marginals.apply(list(pairs), list(scopes), *unaries, *pairs.values())
+    log_total, *tables = _Marginals.apply(
+        _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
+    )
     # Not divided by its sum, the plan says by its gradient how the sum changes.
     total = log_total.exp()
     return [table * total.reshape(-1, *[1] * (table.ndim - 1)) for table in tables]
@@ -83,21 +85,23 @@ class _LogTotal(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(edges: list[Edge], known: Tensor, *factors: Tensor) -> Tensor:
+    def forward(edges: list[int], known: Tensor, *factors: Tensor) -> Tensor:
         return known.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.edges, _, *factors = inputs
-        ctx.save_for_backward(*factors)
+        ctx.edges = inputs[0]
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, edges = ctx.saved_tensors, ctx.edges
-        count = len(factors) - len(edges)
-        scopes = [(p,) for p in range(count)] + edges
-        _, *tables = _Marginals.apply(edges, scopes, *factors)
-        shaped = [grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables]
+        count = len(factors) - len(edges) // 2
+        scopes = [p for p in range(count) for _ in (0, 1)] + edges
+        # Operators have no derivative of their own: second derivatives are not taken.
+        with torch.no_grad():
+            tables = _marginals(list(factors), edges, scopes)
+        shaped = [grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables[1:]]
         return None, None, *shaped
 
 
@@ -105,20 +109,18 @@ class _Marginals(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(edges: list[Edge], scopes: list[Scope], *factors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_marginals(list(factors), _flat(edges), _flat(scopes)))
+    def forward(edges: list[int], scopes: list[int], *factors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_marginals(list(factors), edges, scopes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.edges, ctx.scopes, *factors = inputs
-        ctx.save_for_backward(*factors)
+        ctx.edges, ctx.scopes = inputs[0], inputs[1]
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        edges, scopes = _flat(ctx.edges), _flat(ctx.scopes)
-        # Operators have no derivative of their own: second derivatives are not taken.
         with torch.no_grad():
-            found = _marginals_backward(list(ctx.saved_tensors), edges, scopes, list(grads))
+            found = _marginals_backward(list(ctx.saved_tensors), ctx.edges, ctx.scopes, list(grads))
         return None, None, *found
 
 
