@@ -101,7 +101,10 @@ def _run_on_two_ranks(block, folder):
         for rank in range(2)
     ]
     results = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], results
+    for rank, (_, complaint) in zip(ranks, results):
+        # A thread of gloo may abort a process that is at its end, with everything done and printed.
+        aborted = complaint.strip() == "terminate called without an active exception"
+        assert rank.returncode == 0 or aborted, results
     losses = [re.search(r"^rank \d: (\S+)$", out, re.MULTILINE)[1] for out, _ in results]
     assert losses[0] == losses[1]
 
