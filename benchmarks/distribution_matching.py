@@ -120,10 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = moment_rows() + mmd_rows()
     for row in rows:
-        print(
-            f"{row.case:50} {row.size:20} {row.provider:30} {row.milliseconds:10.1f} ms "
-            f"{row.peak_mib:8.0f} MiB  error {row.error:.1e}"
-        )
+        harness.show(row)
     harness.write("distribution_matching", rows)
 
 

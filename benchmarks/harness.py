@@ -86,6 +86,15 @@ def _highest_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def show(row: Row) -> None:
+    """Print a row."""
+    print(
+        f"{row.case[:60]:60} {row.size:42} {row.provider:34} {row.milliseconds:10.2f} ms "
+        f"{row.peak_mib:8.0f} MiB  error {row.error:.1e}",
+        flush=True,
+    )
+
+
 def write(name: str, rows: Sequence[Row]) -> None:
     """Write the rows to `results/name.csv`, each with machine, versions and commit."""
     commit = subprocess.run(

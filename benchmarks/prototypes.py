@@ -311,10 +311,7 @@ def main() -> None:
     with threadpool_limits(1):
         rows = loss_rows() + fit_rows() + gradient_rows()
     for row in rows:
-        print(
-            f"{row.case[:50]:50} {row.size:42} {row.provider:20} {row.milliseconds:9.2f} ms "
-            f"{row.peak_mib:6.0f} MiB  error {row.error:.1e}"
-        )
+        harness.show(row)
     harness.write("prototypes", rows)
 
 

@@ -287,11 +287,7 @@ def main() -> None:
     rows = []
     for part in (against_ott, alone, small_epsilon, two_marginals):
         for row in part():
-            print(
-                f"{row.case:60} {row.size:24} {row.provider:34} {row.milliseconds:10.1f} ms "
-                f"{row.peak_mib:8.0f} MiB  error {row.error:.1e}",
-                flush=True,
-            )
+            harness.show(row)
             rows.append(row)
     harness.write("transport", rows)
 

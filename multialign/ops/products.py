@@ -79,13 +79,13 @@ class LogProduct:
         self._mass = self._left @ self._right
         self._unresolved: Tensor | None = None
         self._entries: tuple[Tensor, ...] = ()
+        tops = top_a + top_b
+        self.values = self._mass.log() + tops
         unresolved = real(self._mass) < bound
         if not bool(unresolved.any()):
-            self.values = self._mass.log() + (top_a + top_b)
             return
         self._unresolved = unresolved
-        self.values = self._mass.log() + (top_a + top_b)
-        relevant = unresolved & self._relevant(top_a + top_b, bound, weight)
+        relevant = unresolved & self._relevant(tops, bound, weight)
         entries = relevant.nonzero(as_tuple=True)
         if len(entries[0]):
             self._entries = entries

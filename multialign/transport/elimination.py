@@ -33,10 +33,13 @@ __all__ = [
     "Scope",
     "Step",
     "Which",
+    "Worker",
+    "axes_without",
     "beliefs",
     "check_entries",
     "join",
     "log_marginal",
+    "sweep",
 ]
 
 Scope = tuple[int, ...]
@@ -92,6 +95,10 @@ class Beliefs:
         """Return the pairwise marginal `(B, K_i, K_j)`."""
         return _table(self.tables, i, j)
 
+    def joined(self) -> Tensor:
+        """Return all marginals, one after another, `(B, S)`."""
+        return torch.cat([self.marginals[p] for p in range(len(self.marginals))], -1)
+
     def put(self, i: int, j: int, table: Tensor) -> None:
         """Store the pairwise marginal `(B, K_i, K_j)`."""
         self.tables[(min(i, j), max(i, j))] = table if i < j else table.mT
@@ -118,6 +125,11 @@ def join(tables: Mapping[Scope, Tensor], sizes: Sequence[int]) -> Tensor:
     if total is None:
         raise ValueError("no table to join")
     return total.expand(-1, *sizes)
+
+
+def axes_without(scope: Scope, count: int) -> list[int]:
+    """Return the axes of a table `(B, K_1, ..., K_M)` that are of none of these variables."""
+    return [1 + p for p in range(count) if p not in scope]
 
 
 def log_marginal(

@@ -167,8 +167,7 @@ class PairwiseHessian:
 def dense(found: Beliefs) -> Tensor:
     """Return H as a matrix, where all pairs are known."""
     count = len(found.marginals)
-    diagonal = torch.cat([found.marginals[p] for p in range(count)], -1)
-    matrix = diagonal.diag_embed()
+    matrix = found.joined().diag_embed()
     ends = [0]
     for p in range(count):
         ends.append(ends[-1] + found.marginals[p].shape[-1])

@@ -150,8 +150,7 @@ def newton(
     iterations = torch.tensor([descent.steps for descent in descents], device=wanted.device)
     if any(descent.epsilon > descent.target or descent.searching for descent in descents):
         return finish(problem, plan, potentials, epsilon, iterations)
-    shift = (now.log_total / len(problem.marginals)).unsqueeze(-1)
-    return Iterate(potentials - shift, iterations, error)
+    return Iterate(_normalised(problem, potentials, now.log_total), iterations, error)
 
 
 def _descend(
@@ -291,5 +290,9 @@ def finish(
     potentials = potentials * (epsilon / target).unsqueeze(-1)
     log_total, marginals = plan.marginals(potentials, target)
     error = (marginals - torch.cat(problem.marginals, -1)).abs().sum(-1)
-    shift = (log_total / len(problem.marginals)).unsqueeze(-1)
-    return Iterate(potentials - shift, iterations, error)
+    return Iterate(_normalised(problem, potentials, log_total), iterations, error)
+
+
+def _normalised(problem: Problem, potentials: Tensor, log_total: Tensor) -> Tensor:
+    """Shift the potentials so that the plan sums to 1."""
+    return potentials - (log_total / len(problem.marginals)).unsqueeze(-1)

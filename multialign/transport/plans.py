@@ -19,9 +19,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import Beliefs, Edge, Which, Worker, beliefs, join, sweep
+from multialign.transport.elimination import (
+    Beliefs,
+    Edge,
+    Which,
+    Worker,
+    axes_without,
+    beliefs,
+    join,
+    sweep,
+)
 from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
-from multialign.transport.problem import Problem, log_marginals
+from multialign.transport.problem import Problem, along, log_marginals
 
 __all__ = ["Evaluation", "Plan", "has_dense_hessian", "make_plan"]
 
@@ -135,10 +144,7 @@ class _Table:
         self._scaling = Scaling(problem.marginals)
         self._cost = join(problem.costs, problem.sizes)
         count = len(problem.sizes)
-        self._axes = {
-            scope: [p + 1 for p in range(count) if p not in scope]
-            for scope in [*combinations(range(count), 2)]
-        }
+        self._axes = {scope: axes_without(scope, count) for scope in combinations(range(count), 2)}
         # Atoms of mass 0 are left out by an infinite cost.
         masks = [torch.where(nu == 0, -math.inf, 0.0) for nu in problem.marginals]
         self._mask = join({(p,): mask for p, mask in enumerate(masks)}, problem.sizes)
@@ -149,7 +155,7 @@ class _Table:
         log_total, plan = self.divided(potentials, epsilon)
         tables = {edge: plan.sum(axes) if axes else plan for edge, axes in self._axes.items()}
         found = Beliefs(log_total, _singles(tables), tables)
-        return Evaluation(log_total, _joined(found), _hessian(self._scaling, found), plan)
+        return Evaluation(log_total, found.joined().double(), _hessian(self._scaling, found), plan)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         assert now.plan is not None
@@ -195,7 +201,6 @@ class _Pairwise:
         self._problem, self.dtype, self._backend = problem, dtype, backend
         self._scaling = Scaling(problem.marginals)
         self._which: Which = "all" if _is_dense(self._scaling) else "core"
-        self._deviation = problem.deviation
         self._scaled: tuple[Tensor, dict[Edge, Tensor]] = (torch.empty(()), {})
         self._wanted = [x.to(dtype) for x in log_marginals(problem)]
         # Added to potentials: atoms of mass 0 have no plan.
@@ -204,12 +209,12 @@ class _Pairwise:
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         found = beliefs(*self._factors(potentials, epsilon), self._which, self._backend)
         hessian = _hessian(self._scaling, found)
-        return Evaluation(found.log_total.double(), _joined(found), hessian, None)
+        return Evaluation(found.log_total.double(), found.joined().double(), hessian, None)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         # A difference quotient: exact enough for a direction, at the price of one evaluation. The
         # step moves no exponent of weight by more than about 1e-3.
-        step = 1e-3 * (epsilon / self._deviation).clamp_max(1.0)
+        step = 1e-3 * (epsilon / self._problem.deviation).clamp_max(1.0)
         _, moved = self.marginals(potentials, epsilon / (1 + step))
         return (now.marginals - moved) * (epsilon / step).unsqueeze(-1)
 
@@ -220,7 +225,7 @@ class _Pairwise:
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         found = beliefs(*self._factors(potentials, epsilon), "edges", self._backend)
-        return found.log_total.double(), _joined(found)
+        return found.log_total.double(), found.joined().double()
 
     def _factors(
         self, potentials: Tensor, epsilon: Tensor
@@ -237,12 +242,13 @@ def _sweep_whole(
 ) -> Tensor:
     """Sweep on the plan, or where some of its marginals are below the exponent range, its log."""
     count = len(problem.sizes)
+    variables = tuple(range(count))
     _, whole = plan.divided(potentials, epsilon)
     whole = whole.view(-1, *problem.sizes)
     ratios = []
     for p, nu in enumerate(problem.marginals):
-        ratio = (nu / whole.sum(_others(p, count))).masked_fill_(nu == 0, 1.0)
-        whole = whole.mul_(_along(ratio, p, count))
+        ratio = (nu / whole.sum(axes_without((p,), count))).masked_fill_(nu == 0, 1.0)
+        whole = whole.mul_(along(ratio, p, variables))
         ratios.append(ratio)
     changes = torch.cat(ratios, -1).log_()
     if bool(changes.isfinite().all()):
@@ -250,9 +256,9 @@ def _sweep_whole(
     exponent = plan.exponent(potentials, epsilon).view(-1, *problem.sizes)
     steps = []
     for p, nu in enumerate(problem.marginals):
-        step = nu.log() - exponent.logsumexp(_others(p, count))
+        step = nu.log() - exponent.logsumexp(axes_without((p,), count))
         step = step.masked_fill(nu == 0, 0.0)
-        exponent = exponent.add_(_along(step, p, count))
+        exponent = exponent.add_(along(step, p, variables))
         steps.append(step)
     return potentials + torch.cat(steps, -1)
 
@@ -271,24 +277,10 @@ def _fits_dense(batch: int, atoms: int) -> bool:
     return atoms <= _DENSE_ATOMS and batch * atoms**2 <= _DENSE_ENTRIES
 
 
-def _joined(found: Beliefs) -> Tensor:
-    """Return all marginals, `(B, S)`."""
-    return torch.cat([found.marginals[p] for p in range(len(found.marginals))], -1).double()
-
-
 def _singles(tables: dict[Edge, Tensor]) -> dict[int, Tensor]:
     """Return the marginals of single variables, given those of all pairs."""
     count = max(j for _, j in tables) + 1
     return {p: tables[(0, p)].sum(1) if p else tables[(0, 1)].sum(2) for p in range(count)}
-
-
-def _along(x: Tensor, p: int, count: int) -> Tensor:
-    """Shape `(B, K_p)` to broadcast against a table over all variables."""
-    return x.view(len(x), *[-1 if q == p else 1 for q in range(count)])
-
-
-def _others(p: int, count: int) -> list[int]:
-    return [q + 1 for q in range(count) if q != p]
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from multialign._validation import (
 from multialign.ops import log
 from multialign.transport.elimination import Scope, check_entries
 
-__all__ = ["Problem", "make_problem", "unflatten_problem"]
+__all__ = ["Problem", "along", "make_problem", "unflatten_problem"]
 
 # Tables up to this size are centred several at once, in fewer operations.
 _SMALL_ENTRIES = 2**14
@@ -275,11 +275,11 @@ def _normalise(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
     """Set the cost of absent atoms to 0: whatever stands there cannot reach the result."""
-    masks = [_along(absent[variable], variable, scope) for variable in scope]
+    masks = [along(absent[variable], variable, scope) for variable in scope]
     return cost.masked_fill(reduce(torch.logical_or, masks), 0.0)
 
 
-def _along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
+def along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
     """Shape `(B, K)` of one variable to broadcast against a table over `scope`."""
     shape = [vector.shape[-1] if v == variable else 1 for v in scope]
     return vector.reshape(-1, *shape)

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from multialign.ops import logsumexp, register_batched_vmap
-from multialign.transport.elimination import Edge, Scope, beliefs, check_entries, join, log_marginal
+from multialign.transport.elimination import (
+    Edge,
+    Scope,
+    axes_without,
+    beliefs,
+    check_entries,
+    join,
+    log_marginal,
+)
 from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, unflatten_problem
 
-__all__ = ["read_log_total", "read_marginals"]
+__all__ = ["read_log_total", "read_marginals", "solve_hessian"]
 
 # Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
 # potentials are not determined, and this keeps their gradient finite.
@@ -52,7 +60,7 @@ def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]
     everything = tuple(range(len(unaries)))
     if _is_whole(problem) or everything in scopes:
         plan = _joined(unaries, pairs, problem).exp()
-        gone = [[1 + p for p in everything if p not in scope] for scope in scopes]
+        gone = [axes_without(scope, len(everything)) for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
     log_total, *tables = _Marginals.apply(
         _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
@@ -194,12 +202,12 @@ def _marginals_backward(
     ways |= {edge: torch.zeros_like(table) for edge, table in pairs.items()}
     for scope, grad in zip(_unflat(scopes), grads[1:], strict=True):
         ways[scope] = ways[scope] + grad if scope in ways else grad
-    at = {scope: torch.zeros_like(way) for scope, way in ways.items()} | dict(pairs)
-    moved = {scope: torch.complex(at[scope], step * way) for scope, way in ways.items()}
     # Atoms of mass 0: an infinite real part would make the imaginary part NaN.
     far = [torch.where(x == -math.inf, _NOWHERE, x) for x in unaries]
     starts = [torch.complex(x, step * ways[(p,)]) for p, x in enumerate(far)]
-    tables = {(s[0], s[-1]): table for s, table in moved.items() if len(s) == 2}
+    at = {scope: torch.zeros_like(way) for scope, way in ways.items() if len(scope) == 2}
+    at |= pairs
+    tables = {(s[0], s[-1]): torch.complex(x, step * ways[s]) for s, x in at.items()}
     found = beliefs(starts, tables, "edges")
     results = [found.marginals[p] for p in range(len(unaries))]
     results += [found.tables[edge] for edge in pairs]
