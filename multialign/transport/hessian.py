@@ -7,7 +7,7 @@ side of differences of marginals is orthogonal to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -40,12 +40,13 @@ class Hessian(Protocol):
 class Scaling:
     """The scaling of H by the marginals wanted, and what fills its null space."""
 
-    def __init__(self, marginals: Sequence[Tensor]) -> None:
+    def __init__(self, marginals: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Prepare for equations solved in `dtype`."""
         self.sizes = [marginal.shape[-1] for marginal in marginals]
         wanted = torch.cat(list(marginals), -1)
         self.absent = wanted == 0
-        self.root = wanted.sqrt()
-        self.inverse = torch.where(self.absent, 0.0, wanted.rsqrt())
+        self.root = wanted.sqrt().to(dtype)
+        self.inverse = wanted.rsqrt().masked_fill_(self.absent, 0.0).to(dtype)
         self._outer: Tensor | None = None
         self._gauge: Tensor | None = None
 
@@ -53,33 +54,37 @@ class Scaling:
         """Return the scaled matrix with ones on its diagonal and a full rank."""
         if self._outer is None or self._gauge is None:
             self._outer = self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
-            same = torch.block_diag(*[self.root.new_ones(size, size) for size in self.sizes])
-            gauge = (same - 1 / len(self.sizes)) * (
-                self.root.unsqueeze(-1) * self.root.unsqueeze(-2)
-            )
-            self._gauge = gauge + torch.diag_embed(self.absent.to(gauge.dtype))
+            roots = self.root.unsqueeze(-1) * self.root.unsqueeze(-2)
+            gauge, start = roots / -len(self.sizes), 0
+            for size in self.sizes:
+                own = slice(start, start + size)
+                gauge[:, own, own] += roots[:, own, own]
+                start += size
+            gauge.diagonal(dim1=-2, dim2=-1).add_(self.absent)
+            self._gauge = gauge
         return torch.addcmul(self._gauge, self._outer, hessian)
 
 
 class DenseHessian:
-    """H as a matrix."""
+    """H as a matrix, of which the lower triangle is read; it is built if it is needed."""
 
-    def __init__(self, scaling: Scaling, matrix: Tensor) -> None:
-        self._scaling, self._matrix = scaling, matrix
+    def __init__(self, scaling: Scaling, build: Callable[[], Tensor]) -> None:
+        self._scaling, self._build = scaling, build
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by a Cholesky factor; where rounding leaves none, by eigenvalues kept above 0."""
-        matrix = self._scaling.matrix(self._matrix)
+        matrix = self._scaling.matrix(self._build())
         matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         factor, info = torch.linalg.cholesky_ex(matrix)
-        scaled = (self._scaling.inverse * right).unsqueeze(-1)
+        inverse = self._scaling.inverse
+        scaled = (inverse * right.to(inverse.dtype)).unsqueeze(-1)
         solution = torch.cholesky_solve(scaled, factor).squeeze(-1)
         if bool(info.any()):
             values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
-            values = torch.maximum(values, damping.unsqueeze(-1)).unsqueeze(-1)
+            values = torch.maximum(values, damping.to(values.dtype).unsqueeze(-1)).unsqueeze(-1)
             other = (vectors @ ((vectors.mT @ scaled) / values)).squeeze(-1)
             solution = torch.where((info == 0).unsqueeze(-1), solution, other)
-        return self._scaling.inverse * solution
+        return inverse * solution
 
 
 class PairwiseHessian:
@@ -95,7 +100,8 @@ class PairwiseHessian:
         leaves = {step.variable for step in found.leaves}
         self._core = [p for p in sorted(found.marginals) if p not in leaves]
         entries = scaling.root.numel() * scaling.root.shape[-1]
-        self._matrix = dense(found) if not leaves and entries <= _JOINED_ENTRIES else None
+        self._joined = not leaves and entries <= _JOINED_ENTRIES
+        self._matrix: Tensor | None = None
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
@@ -104,19 +110,21 @@ class PairwiseHessian:
             right, damping, tolerance, min(steps, _TRIAL_STEPS) if fits else steps
         )
         if fits and not solved:
-            matrix = dense(self._found).to(right.dtype)
-            return DenseHessian(self._scaling, matrix).solve(right, damping, tolerance, steps)
+            direct = DenseHessian(self._scaling, lambda: dense(self._found))
+            return direct.solve(right, damping, tolerance, steps)
         return solution
 
     def _iterate(
         self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int
     ) -> tuple[Tensor, bool]:
-        inverse, damping = self._scaling.inverse, damping.unsqueeze(-1)
-        residual = inverse * right
+        inverse = self._scaling.inverse
+        damping = damping.to(inverse.dtype).unsqueeze(-1)
+        residual = inverse * right.to(inverse.dtype)
         solution = torch.zeros_like(residual)
         direction = residual
         square = residual.square().sum(-1, keepdim=True)
-        enough = square * tolerance.unsqueeze(-1) ** 2
+        enough = square * tolerance.to(inverse.dtype).unsqueeze(-1) ** 2
+        tiny = torch.finfo(inverse.dtype).tiny
         for _ in range(steps):
             if not bool((square > enough).any()):
                 return inverse * solution, True
@@ -127,18 +135,19 @@ class PairwiseHessian:
             solution = torch.addcmul(solution, length, direction)
             residual = torch.addcmul(residual, length, image, value=-1)
             before, square = square, residual.square().sum(-1, keepdim=True)
-            ratio = torch.where(before > 0, square / before, 0.0)
-            direction = torch.addcmul(residual, ratio, direction)
+            direction = torch.addcmul(residual, square / before.clamp_min(tiny), direction)
         return inverse * solution, False
 
     def times(self, vector: Tensor) -> Tensor:
         """Return H v, `(B, S)`."""
-        if self._matrix is not None:
-            return _times(self._matrix, vector.to(self._matrix.dtype)).to(vector.dtype)
+        if self._joined:
+            if self._matrix is None:
+                self._matrix = dense(self._found)
+            return _times(self._matrix, vector)
         found, m = self._found, self._found.marginals
-        v = dict(enumerate(vector.to(m[0].dtype).split(self._scaling.sizes, -1)))
+        v = dict(enumerate(vector.split(self._scaling.sizes, -1)))
         collected: dict[int, Tensor] = {}
-        constant = vector.new_zeros((len(vector), 1), dtype=m[0].dtype)
+        constant = vector.new_zeros((len(vector), 1))
         for j, neighbours, _ in found.leaves:
             for i in neighbours:
                 collected[j] = _divide(_times(found.table(i, j), v[j]), m[i])
@@ -161,7 +170,7 @@ class PairwiseHessian:
             for i in neighbours:
                 others = _divide(result[i], m[i]) - collected[j]
                 result[j] = result[j] + _times(found.table(j, i), others)
-        return torch.cat([result[p] for p in range(len(result))], -1).to(vector.dtype)
+        return torch.cat([result[p] for p in range(len(result))], -1)
 
 
 def dense(found: Beliefs) -> Tensor:

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from multialign.transport.elimination import Worker
-from multialign.transport.plans import Evaluation, Plan, has_dense_hessian, make_plan
+from multialign.transport.plans import Evaluation, Plan, make_plan
 from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
 
 # Newton: the first epsilon, in standard deviations of the cost, and the sweeps there. Then a level
 # is left for an epsilon this much smaller at an L1 error of at most (target epsilon / deviation of
-# the cost)^2, within bounds: a plan falls apart as epsilon falls, and mass that is in the wrong
+# the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass that is in the wrong
 # part by then takes a detour of many steps.
 _FIRST_LEVEL = 0.25
-_FIRST_SWEEPS = 2
+_FIRST_SWEEPS = 4
 _LEVEL_FACTOR = 4.0
-_LEVEL_POWER = 2.0
+_LEVEL_POWER = 1.5
 _LEVEL_ERRORS = (1e-8, 0.1)
 # Added to the scaled Hessian: the error, within bounds.
 _DAMPING = (1e-13, 1e-2)
 # What conjugate gradients may leave of the right side: the error, and at most this.
 _SLACKEST = 0.1
+_OVERSOLVED = 0.3
 # More of their steps than this are worth less than another Newton step.
 _CONJUGATE_STEPS = 100
 # A step moves no potential by more than this, in units of epsilon.
@@ -135,11 +136,10 @@ def newton(
     potentials = torch.where(wanted == 0, 0.0, wanted.log())
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
-    single = single and rounding <= _SINGLE * tolerance and not has_dense_hessian(problem)
+    single = single and rounding <= _SINGLE * tolerance
     plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
-    for _ in range(_FIRST_SWEEPS):
-        potentials = plan.sweep(potentials, epsilon)
-    if single:
+    potentials = plan.sweep(potentials, epsilon, _FIRST_SWEEPS)
+    if plan.dtype == torch.float32:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2
         )
@@ -168,8 +168,8 @@ def _descend(
     while True:
         now = plan.evaluate(potentials, epsilon)
         gradient = wanted - now.marginals
-        error = gradient.abs().sum(-1)
-        dual = (potentials * wanted).sum(-1) - now.log_total
+        error = torch.linalg.vector_norm(gradient, 1, -1)
+        dual = torch.linalg.vecdot(potentials, wanted) - now.log_total
         for descent, (one, its_dual) in zip(
             descents, torch.stack([error, dual], 1).tolist(), strict=True
         ):
@@ -185,10 +185,12 @@ def _descend(
             right = gradient + change * plan.tangent(potentials, epsilon, now)
             epsilon = lower
         if "onward" in states or "step" in states:
-            fresh = now.hessian.solve(
-                right, error.clamp(*_DAMPING), error.clamp_max(_SLACKEST), _CONJUGATE_STEPS
-            )
-            slope, longest = (gradient * fresh).sum(-1), fresh.abs().amax(-1)
+            # No more exactly than it takes to be at the tolerance.
+            slack = torch.maximum(error, _OVERSOLVED * tolerance / error).clamp_max(_SLACKEST)
+            fresh = now.hessian.solve(right, error.clamp(*_DAMPING), slack, _CONJUGATE_STEPS)
+            fresh = fresh.to(potentials.dtype)
+            slope = torch.linalg.vecdot(gradient, fresh)
+            longest = torch.linalg.vector_norm(fresh, math.inf, -1)
             for descent, row in zip(
                 descents, torch.stack([slope, longest], 1).tolist(), strict=True
             ):
@@ -197,9 +199,11 @@ def _descend(
         else:
             fresh = direction
         lengths = epsilon.new_tensor([[descent.length] for descent in descents])
-        if all(state == "step" for state in states):
+        if set(states) in ({"step"}, {"onward"}):
             start, direction = potentials, fresh
             potentials = potentials + lengths * fresh
+            if "onward" in states:
+                potentials = plan.sweep(potentials, epsilon)
             continue
 
         def where(*chosen: str, states: Sequence[str] = states) -> Tensor:
