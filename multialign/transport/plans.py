@@ -38,7 +38,9 @@ __all__ = ["Evaluation", "Plan", "make_plan"]
 # Up to this many multiplications for its Hessian a plan is kept whole, in a few operations a step.
 _VECTOR_WORK = 2**18
 # Up to this many entries it is kept as a table, which takes fewer operations than elimination.
-_TABLE_ENTRIES = 2**9
+_TABLE_ENTRIES = 2**15
+# From this many entries products of matrices take less time than either.
+_TRIANGLE_ENTRIES = 2**9
 # From this many entries float32 is so much faster that it pays to begin with it.
 _LARGE_ENTRIES = 2**19
 # Up to this many atoms, and entries over the batch, the Hessian is a matrix that is factored.
@@ -85,12 +87,19 @@ def make_plan(problem: Problem, dtype: torch.dtype, backend: Worker = "torch") -
     entries = math.prod(problem.sizes) * problem.epsilon.numel()
     if entries * sum(problem.sizes) ** 2 <= _VECTOR_WORK:
         return _Vector(problem)
-    if entries <= _TABLE_ENTRIES or any(len(scope) > 2 for scope in problem.costs):
-        return _Table(problem)
     if entries < _LARGE_ENTRIES:
         dtype = torch.float64
-    if backend == "torch" and len(problem.costs) == 3 and len(set(problem.sizes)) == 1:
+    alike = len(problem.costs) == 3 and len(set(problem.sizes)) == 1
+    if backend == "torch" and alike and entries >= _TRIANGLE_ENTRIES:
         return _Triangle(problem, dtype)
+    return _in_logarithms(problem, dtype, backend)
+
+
+def _in_logarithms(problem: Problem, dtype: torch.dtype, backend: Worker) -> _Table | _Pairwise:
+    """Return a form of the plan that is right at any range."""
+    entries = math.prod(problem.sizes) * problem.epsilon.numel()
+    if entries <= _TABLE_ENTRIES or any(len(scope) > 2 for scope in problem.costs):
+        return _Table(problem)
     return _Pairwise(problem, dtype, backend)
 
 
@@ -205,7 +214,7 @@ class _Triangle:
     The plan is X_12(i, j) X_13(i, k) X_23(j, k), with half of each potential in either table it
     belongs to. The tables use the whole exponent range: they are raised by a constant, and entries
     below a floor are dropped, so that no product is denormal. Where that could lose what counts,
-    `_Pairwise` takes over.
+    another form takes over.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
@@ -217,7 +226,7 @@ class _Triangle:
         self._rows, self._columns = ends.unbind(1)
         self._scaled = (torch.empty(()), self._cost)
         self._nowhere = torch.where(self._scaling.absent, -math.inf, 0.0)
-        self._logs: _Pairwise | None = None
+        self._logs: _Table | _Pairwise | None = None
         # The product of two entries above exp(floor) is no denormal; half of what three may have
         # below the largest number is left to entries of a plan that are larger than 1.
         limits, entries = torch.finfo(dtype), 3 * self._size**2
@@ -249,6 +258,8 @@ class _Triangle:
         return Evaluation(log_total, marginals, hessian, None)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        if self._logs is not None:
+            return self._logs.tangent(potentials, epsilon, now)
         return _difference_quotient(self, self._problem, potentials, epsilon, now)
 
     def sweep(self, potentials: Tensor, epsilon: Tensor, times: int = 1) -> Tensor:
@@ -315,9 +326,9 @@ class _Triangle:
             blocks[:, q, :, p] = table.mT
         return matrix
 
-    def _in_logs(self) -> _Pairwise:
+    def _in_logs(self) -> _Table | _Pairwise:
         if self._logs is None:
-            self._logs = _Pairwise(self._problem, self.dtype, "torch")
+            self._logs = _in_logarithms(self._problem, self.dtype, "torch")
         return self._logs
 
 
