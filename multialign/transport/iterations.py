@@ -51,7 +51,8 @@ _SWEEP_FACTOR = 2.0
 _LEVEL_SWEEPS = 50
 # The first epsilon, in standard deviations of the cost: there the plan is nearly a product.
 _FIRST_EPSILON = 2.0
-# The error of a sweep is read at the first ones and then every so many.
+# The error of a sweep is read at so many first ones and then every so many.
+_CHECKED_EACH = 4
 _CHECK_EVERY = 10
 
 
@@ -86,13 +87,14 @@ def sinkhorn(
     level_sweeps = torch.zeros_like(iterations)
     active = torch.ones_like(target, dtype=torch.bool)
 
-    for count in range(1, max_iterations + 1):
-        swept = plan.sweep(potentials, epsilon)
+    count = 0
+    while count < max_iterations:
+        times = min(1 if count < _CHECKED_EACH else _CHECK_EVERY, max_iterations - count)
+        count += times
+        swept = plan.sweep(potentials, epsilon, times)
         potentials = torch.where(active.unsqueeze(-1), swept, potentials)
-        iterations = iterations + active
-        level_sweeps = level_sweeps + 1
-        if count > 4 and count % _CHECK_EVERY:
-            continue
+        iterations = iterations + active * times
+        level_sweeps = level_sweeps + times
         error = (plan.marginals(potentials, epsilon)[1] - wanted).abs().sum(-1)
         arrived = epsilon <= target
         # A non-finite error never falls again: there is nothing to wait for.
