@@ -166,12 +166,7 @@ def test_the_divergence_scales_with_the_square_of_its_points(scale, dtype):
         torch.testing.assert_close(grad / scale, expected_grad, rtol=1e-2, atol=1e-3)
 
 
-STREAMED = pytest.mark.xfail(
-    strict=True, reason="ops.gaussian: a streamed matrix takes its diagonal from rounding"
-)
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(300, marks=STREAMED)])
+@pytest.mark.parametrize("count", [40, 300])
 @pytest.mark.parametrize(
     ("scale", "dtype"), [(1e3, torch.float32), (1e16, torch.float32), (1e12, torch.float64)]
 )

@@ -123,7 +123,9 @@ class _FirstOnly(torch.autograd.Function):
 def _stream(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the form and its derivatives by x and p and, if `both`, by y and q (else zeros).
+    """Return the form and its derivatives by x and p and, if `both`, by y and q.
+
+    If not, y is x and q is p, and these two are zeros.
 
     An operator of its own: torch.compile need not unroll the loop over blocks.
     """
@@ -148,6 +150,8 @@ def _stream(
             columns = slice(j, j + _BLOCK)
             cost = squares_x[:, rows, None] + squares_y[:, None, columns]
             cost = cost.baddbmm_(x[:, rows], y[:, columns].mT, alpha=-2).clamp_min_(0)
+            if not both and i == j:  # a sample from itself, to the last digit
+                cost.diagonal(dim1=-2, dim2=-1).zero_()
             kernel, slope = _kernels(cost, precisions)
             sums_x[:, rows] += (kernel @ q[:, columns, None]).squeeze(-1)
             slopes_x[:, rows] += slope @ right[:, columns]

@@ -42,6 +42,7 @@ def _gaussian_sums(
     share,  # columns in each
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SAME: tl.constexpr,  # whether y is x: the distance of a row from itself is 0
     SINGLE: tl.constexpr,  # whether BLOCK_D = BLOCK_F holds all features
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,6 +99,8 @@ def _gaussian_sums(
         cost = square_x[:, None] + square_y[None, :] - 2.0 * inner
         # Rounding may take it below 0; the comparison lets a NaN through.
         cost = tl.where(cost < 0.0, 0.0, cost)
+        if SAME:
+            cost = tl.where(rows[:, None] == columns[None, :], 0.0, cost)
         kernel = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
         slope = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
         for s in range(S):
@@ -127,22 +130,24 @@ def gaussian_form(
     """Compute what `multialign.ops.gaussian` defines: p^T K q and its derivatives.
 
     Returns:
-        The form `(B)` in float64, and its derivatives by x and p and, if `both`, by y and q (else
-        zeros).
+        The form `(B)` in float64, and its derivatives by x and p and, if `both`, by y and q. If
+        not, y is x and q is p, and these two are zeros.
     """
     origin = x.mean(-2, keepdim=True)
     x, y = (x - origin).contiguous(), (y - origin).contiguous()
     p, q, precisions = p.contiguous(), q.contiguous(), precisions.contiguous()
-    sums_x, by_x = _side(x, y, p, q, precisions)
+    sums_x, by_x = _side(x, y, p, q, precisions, same=not both)
     if both:
-        sums_y, by_y = _side(y, x, q, p, precisions)
+        sums_y, by_y = _side(y, x, q, p, precisions, same=False)
     else:
         sums_y, by_y = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(y)
     value = (p.double() * sums_x).sum(-1)
     return value, by_x, sums_x.to(p.dtype), by_y, sums_y.to(q.dtype)
 
 
-def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
+def _side(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, *, same: bool
+) -> tuple[Tensor, Tensor]:
     """Return K q in float64 and the derivative of p^T K q by x."""
     dtype, kind = lifted(x, y, p, q)
     batch, rows, depth = x.shape
@@ -161,8 +166,8 @@ def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tup
     launch(
         _gaussian_sums, programs * shares, x, y, x.square().sum(-1), y.square().sum(-1), q,
         precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares, share,
-        DTYPE=kind, PRECISION=matrix_precision(dtype), SINGLE=single, BLOCK_N=tall, BLOCK_M=wide,
-        BLOCK_D=deep, BLOCK_F=kept, num_warps=4 if kept <= 64 else 8, num_stages=2,
+        DTYPE=kind, PRECISION=matrix_precision(dtype), SAME=same, SINGLE=single, BLOCK_N=tall,
+        BLOCK_M=wide, BLOCK_D=deep, BLOCK_F=kept, num_warps=4 if kept <= 64 else 8, num_stages=2,
     )  # fmt: skip
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
     slope = moments.sum(1) - slopes.sum(1).unsqueeze(-1) * x
