@@ -6,8 +6,8 @@ which is replaced where it does not come back. Expected values are those of naiv
 
 How the peers are called, all with their defaults unless named here:
 
-- geomloss: ``SamplesLoss("sinkhorn", blur=sqrt(epsilon / 2), scaling=0.9)``, slower and more accurate
-  than with its default of 0.5. Its cost is half of ours, so its value is doubled.
+- geomloss: ``SamplesLoss("sinkhorn", blur=sqrt(epsilon / 2), scaling=0.9)``, more accurate than its
+  default of 0.5. Its cost is half of ours, so its value is doubled.
   ``SamplesLoss("gaussian", blur=bandwidth)`` is half of the squared MMD.
 - POT: ``ot.sinkhorn2`` with the costs of ``ot.dist``; it returns <T, C>. Once with its default
   method and once with "sinkhorn_log", which its documentation advises for a small regularisation.

@@ -54,15 +54,16 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
         )
     if x.numel() * y.shape[-2] <= _DIRECT_ENTRIES:
         return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    same = x is y
     with full_precision(x):
         # The distance does not depend on the origin; near the data the expansion loses no digits.
         origin = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
         x, y = x - origin, y - origin
         squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
         cost = torch.clamp_min(squares - 2 * (x @ y.mT), 0)
-        if same:  # of a point from itself it is 0 to the last digit, as above
-            cost = cost.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0.0)
+        if (
+            x.shape == y.shape
+        ):  # between equal rows at one place it is 0 to the last digit, as above
+            cost = cost.masked_fill(torch.diag_embed((x == y).all(-1)), 0.0)
         return cost
 
 

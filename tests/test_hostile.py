@@ -176,6 +176,7 @@ def test_a_kernel_is_1_on_its_diagonal_however_narrow(scale, count, dtype):
     torch.testing.assert_close(mmd_loss([x, y]).item(), 2 / count, rtol=1e-5, atol=0)
     unbiased = mmd_loss([x, y], estimator="unbiased")
     torch.testing.assert_close(unbiased.item(), 0.0, rtol=0, atol=1e-6)
+    assert mmd_loss([x, x.clone()]) == 0
 
 
 @pytest.mark.parametrize("count", [20, 400])

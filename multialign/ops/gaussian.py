@@ -123,9 +123,7 @@ class _FirstOnly(torch.autograd.Function):
 def _stream(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the form and its derivatives by x and p and, if `both`, by y and q.
-
-    If not, y is x and q is p, and these two are zeros.
+    """Return the form and its derivatives by x and p and, if `both`, by y and q (else zeros).
 
     An operator of its own: torch.compile need not unroll the loop over blocks.
     """
@@ -138,6 +136,8 @@ def _stream(
     origin = x.mean(-2, keepdim=True)
     x, y = x - origin, y - origin
     squares_x, squares_y = x.square().sum(-1), y.square().sum(-1)
+    # Between equal rows at one place the distance is 0 to the last digit.
+    equal = (x == y).all(-1) if x.shape == y.shape else None
     # With a column of ones, one product with a block gives sum q y and sum q together.
     right = q.unsqueeze(-1) * torch.cat([y, torch.ones_like(q).unsqueeze(-1)], -1)
     left = p.unsqueeze(-1) * torch.cat([x, torch.ones_like(p).unsqueeze(-1)], -1)
@@ -150,8 +150,8 @@ def _stream(
             columns = slice(j, j + _BLOCK)
             cost = squares_x[:, rows, None] + squares_y[:, None, columns]
             cost = cost.baddbmm_(x[:, rows], y[:, columns].mT, alpha=-2).clamp_min_(0)
-            if not both and i == j:  # a sample from itself, to the last digit
-                cost.diagonal(dim1=-2, dim2=-1).zero_()
+            if i == j and equal is not None:
+                cost.diagonal(dim1=-2, dim2=-1).masked_fill_(equal[:, rows], 0.0)
             kernel, slope = _kernels(cost, precisions)
             sums_x[:, rows] += (kernel @ q[:, columns, None]).squeeze(-1)
             slopes_x[:, rows] += slope @ right[:, columns]
