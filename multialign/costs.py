@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign._validation import check_alike, check_tensor, full_precision, lift
+from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
 
 __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
@@ -94,6 +94,7 @@ def bures_wasserstein_cost(
     Raises:
         ValueError: Shapes do not fit together, or devices differ.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With full matrices, batch K_i K_j D^2 is more than 2^28 entries.
 
     References:
         Eq. 6 of :cite:t:`decalign:26`; :cite:t:`bhatia:19`.
@@ -113,6 +114,10 @@ def bures_wasserstein_cost(
         if covariances_i.ndim == covariances_j.ndim == means_i.ndim:
             # sum_d (s_i - s_j)^2, small differences of large deviations included
             return cost + squared_euclidean_cost(_sqrt(covariances_i), _sqrt(covariances_j))
+        check_entries(
+            means_i.numel() * means_j.shape[-2] * means_j.shape[-1],  # a matrix for each pair
+            "use diagonal covariances, fewer components, or projected features",
+        )
         if covariances_i.ndim == means_i.ndim:
             covariances_i = torch.diag_embed(covariances_i)
         if covariances_j.ndim == means_j.ndim:

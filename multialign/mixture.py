@@ -16,6 +16,7 @@ from multialign._validation import (
     check_alike,
     check_choice,
     check_count,
+    check_entries,
     check_positive,
     check_tensor,
     check_weights,
@@ -238,6 +239,7 @@ def fit_gaussian_mixture(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With "full" or "tied", batch N K D is more than 2^28 entries.
 
     References:
         :cite:t:`dempster:77`; :cite:t:`arthur:07` for k-means++; Eq. 2-4 of
@@ -779,6 +781,11 @@ def _em_step(
     component to rounding.
     """
     x, mass, floor = data.x, data.mass, data.floor
+    check_entries(
+        state.means.numel() * x.shape[-2],  # deviations of all samples from all means
+        'use covariance_type="diag" or "spherical" with the default regularization, which need no '
+        "such table, fewer samples, or projected features",
+    )
     log_joint = _log_joint(x, state, covariance_type)
     responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
     with torch.no_grad():

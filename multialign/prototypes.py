@@ -192,6 +192,7 @@ def prototype_alignment_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With "full" or "tied", batch N K D or batch K^2 D^2 is more than 2^28 entries.
 
     Warns:
         ConvergenceWarning: The plan did not reach the tolerance.
