@@ -666,6 +666,7 @@ def judge(case: Case, expected: Expected, provider: str, answer: Answer | str) -
 
 def main() -> None:
     """Ask every provider, print and write."""
+    torch.set_num_threads(1)
     workers = {provider: Worker(provider) for provider in PROVIDERS}
     rows = []
     for number, case in enumerate(all_cases()):
