@@ -319,7 +319,7 @@ def write_hostile(here):
             sum(row["outcome"] == "right" for row in own if row["provider"] == p) for p in providers
         ]
         asked = [sum(row["provider"] == p for row in own) for p in providers]
-        table.append(["**right**", *(f"**{n} of {m}**" for n, m in zip(right, asked))])
+        table.append(["**right**", *(f"**{n} of {m}**" for n, m in zip(right, asked, strict=True))])
         for row in table:
             lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
         lines.append("")

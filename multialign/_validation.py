@@ -86,18 +86,22 @@ def check_tensors(
     return tensors
 
 
-def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless all `tensors` share one dtype and one device."""
-    for m, tensor in enumerate(tensors):
+def check_alike(name: str, tensors: Sequence[Tensor], labels: Sequence[str] = ()) -> None:
+    """Raise unless all `tensors` share one dtype and one device.
+
+    `labels` say what each is; otherwise they are [0], [1] and so on.
+    """
+    labels = labels or [f"[{m}]" for m in range(len(tensors))]
+    for label, tensor in zip(labels, tensors, strict=True):
         if tensor.dtype != tensors[0].dtype:
             raise TypeError(
                 f"{name} must share one dtype (half precision counts as float32); "
-                f"got {tensors[0].dtype} for [0] and {tensor.dtype} for [{m}]"
+                f"got {tensors[0].dtype} for {labels[0]} and {tensor.dtype} for {label}"
             )
         if tensor.device != tensors[0].device:
             raise ValueError(
                 f"{name} must be on one device; "
-                f"got {tensors[0].device} for [0] and {tensor.device} for [{m}]"
+                f"got {tensors[0].device} for {labels[0]} and {tensor.device} for {label}"
             )
 
 

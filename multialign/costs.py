@@ -46,7 +46,7 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     """
     x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
     y = lift(check_tensor("y", y, "(*batch, M, D)", 2))
-    check_alike("x and y", [x, y])
+    check_alike("x and y", [x, y], ["x", "y"])
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"x (*batch, N, D) and y (*batch, M, D) must agree in batch and D; "
@@ -108,7 +108,11 @@ def bures_wasserstein_cost(
     """
     means_i, covariances_i = _check_gaussians("i", means_i, covariances_i)
     means_j, covariances_j = _check_gaussians("j", means_j, covariances_j)
-    check_alike("means and covariances", [means_i, covariances_i, means_j, covariances_j])
+    check_alike(
+        "means and covariances",
+        [means_i, covariances_i, means_j, covariances_j],
+        ["means_i", "covariances_i", "means_j", "covariances_j"],
+    )
     cost = squared_euclidean_cost(means_i, means_j)
     with full_precision(cost):
         if covariances_i.ndim == covariances_j.ndim == means_i.ndim:

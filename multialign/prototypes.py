@@ -33,6 +33,7 @@ from multialign.mixture import (
     as_mixture,
     check_fit_options,
     check_momentum,
+    check_remembered,
     choose_rows,
     component_covariances,
     draw_means,
@@ -373,6 +374,9 @@ class PrototypeAlignmentLoss(nn.Module):
         models = self._models(counts)
         if self.momentum is None:
             return _fit(samples, counts, options, ranks)
+        for n, (model, x) in enumerate(zip(models, samples.features, strict=True)):
+            if model.running is not None:
+                check_remembered(f"features[{n}]", x, model.running)
         starts = [None if m.running is None else parameters_of(m.running) for m in models]
         if not self.training and all(start is not None for start in starts):
             data = _standardise(samples, counts, options, ranks)
