@@ -324,9 +324,10 @@ def write_hostile(here):
             lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
         lines.append("")
     first = rows[0]
+    hung = sum(row["outcome"] in ("hangs", "crashes") for row in rows)
     lines += [
-        f"Recorded on {first['machine']}; torch {first['torch']}, Python {first['python']}, "
-        f"commit {first['commit']}.",
+        f"Of {len(rows)} calls {hung or 'none'} hung or crashed. Recorded on {first['machine']}; "
+        f"torch {first['torch']}, Python {first['python']}, commit {first['commit']}.",
         "",
     ]
     (here / "_generated" / "hostile.rst").write_text("\n".join(lines))
@@ -336,7 +337,7 @@ def hostile_verdict(row):
     """Say in a few words what a provider made of a case."""
     said = ", and says so" if row["said"] == "True" else ""
     if row["outcome"] == "right":
-        return "right"
+        return "right, warns" if said and row["error"] != "nan" else "right"
     if row["outcome"] == "wrong" and row["error"] == "nan":
         return f"**{float(row['value']):.2g}**{said}"
     if row["outcome"] == "wrong":
