@@ -311,7 +311,7 @@ def write_hostile(here):
         providers = list(dict.fromkeys(row["provider"] for row in own))
         cells = {(row["case"], row["provider"]): hostile_verdict(row) for row in own}
         lines += [title, "~" * len(title), ""]
-        lines += [".. list-table::", "   :header-rows: 1", "   :class: verdicts", ""]
+        lines += [".. list-table::", "   :header-rows: 1", ""]
         table = [["Input", *providers]]
         for case in dict.fromkeys(row["case"] for row in own):
             table.append([case, *(cells.get((case, p), "not offered") for p in providers)])
