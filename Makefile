@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-bench ## Measure against the p
 	$(PY) -m benchmarks.distribution_matching
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
+	$(PY) -m benchmarks.hostile
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
 # hand, and pytest.

@@ -95,8 +95,8 @@ def show(row: Row) -> None:
     )
 
 
-def write(name: str, rows: Sequence[Row]) -> None:
-    """Write the rows to `results/name.csv`, each with machine, versions and commit."""
+def write(name: str, rows: Sequence[Any]) -> None:
+    """Write dataclasses to `results/name.csv`, a row each, with machine, versions and commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -226,8 +226,9 @@ def write_benchmarks(app):
     here = Path(app.srcdir)
     (here / "_generated").mkdir(exist_ok=True)
     write_gpu_benchmark(here)
+    write_hostile(here)
     for path in sorted((here.parent / "benchmarks" / "results").glob("*.csv")):
-        if path.stem == "gpu":
+        if path.stem in ("gpu", "hostile"):
             continue
         with path.open() as file:
             rows = list(csv.DictReader(file))
@@ -290,6 +291,62 @@ def write_gpu_benchmark(here):
         "",
     ]
     target.write_text("\n".join(lines))
+
+
+HOSTILE = {
+    "divergence": "Sinkhorn divergence of two clouds",
+    "transport": "Entropic transport",
+    "mmd": "MMD of two clouds",
+    "mixture": "Gaussian mixture",
+}
+
+
+def write_hostile(here):
+    """Make a table of each task of benchmarks.hostile, a column each provider."""
+    with (here.parent / "benchmarks" / "results" / "hostile.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for task, title in HOSTILE.items():
+        own = [row for row in rows if row["task"] == task]
+        providers = list(dict.fromkeys(row["provider"] for row in own))
+        cells = {(row["case"], row["provider"]): hostile_verdict(row) for row in own}
+        lines += [title, "~" * len(title), ""]
+        lines += [".. list-table::", "   :header-rows: 1", ""]
+        table = [["Input", *providers]]
+        for case in dict.fromkeys(row["case"] for row in own):
+            table.append([case, *(cells.get((case, p), "not offered") for p in providers)])
+        right = [
+            sum(row["outcome"] == "right" for row in own if row["provider"] == p) for p in providers
+        ]
+        asked = [sum(row["provider"] == p for row in own) for p in providers]
+        table.append(["**right**", *(f"**{n} of {m}**" for n, m in zip(right, asked, strict=True))])
+        for row in table:
+            lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
+        lines.append("")
+    first = rows[0]
+    hung = sum(row["outcome"] in ("hangs", "crashes") for row in rows)
+    lines += [
+        f"Of {len(rows)} calls {hung or 'none'} hung or crashed. Recorded on {first['machine']}; "
+        f"torch {first['torch']}, Python {first['python']}, commit {first['commit']}.",
+        "",
+    ]
+    (here / "_generated" / "hostile.rst").write_text("\n".join(lines))
+
+
+def hostile_verdict(row):
+    """Say in a few words what a provider made of a case."""
+    said = ", and says so" if row["said"] == "True" else ""
+    if row["outcome"] == "right":
+        return "right, warns" if said and row["error"] != "nan" else "right"
+    if row["outcome"] == "wrong" and row["error"] == "nan":
+        return f"**{float(row['value']):.2g}**{said}"
+    if row["outcome"] == "wrong":
+        error = float(row["error"])
+        size = f"{error:.1%}" if error < 1 else f"{error:.0e}" if error > 1000 else f"{error:.0%}"
+        return f"**off by {size}**{said}"
+    if row["outcome"] == "raises":
+        return f"**raises** {row['detail'].split(':')[0]}"
+    return f"**{row['outcome']}**{said}"
 
 
 def setup(app):

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# The largest table that is ever built: 2 GiB in float64.
+MAX_ENTRIES = 2**28
+
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of the strings in `choices`."""
@@ -37,6 +40,15 @@ def check_count(name: str, value: object, *, minimum: int = 1) -> None:
         raise TypeError(f"{name} must be an integer >= {minimum}; got {_describe(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}; got {value}")
+
+
+def check_entries(entries: int, alternative: str) -> None:
+    """Raise before a table is built that would be larger than the bound."""
+    if entries > MAX_ENTRIES:
+        raise MemoryError(
+            f"this needs a table of {entries} entries, {entries * 8 / 2**30:.1f} GiB in float64, "
+            f"more than the bound of {MAX_ENTRIES * 8 / 2**30:.0f} GiB; {alternative}"
+        )
 
 
 def check_tensor(name: str, value: object, shape: str, min_dims: int) -> Tensor:
@@ -74,18 +86,22 @@ def check_tensors(
     return tensors
 
 
-def check_alike(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless all `tensors` share one dtype and one device."""
-    for m, tensor in enumerate(tensors):
+def check_alike(name: str, tensors: Sequence[Tensor], labels: Sequence[str] = ()) -> None:
+    """Raise unless all `tensors` share one dtype and one device.
+
+    `labels` say what each is; otherwise they are [0], [1] and so on.
+    """
+    labels = labels or [f"[{m}]" for m in range(len(tensors))]
+    for label, tensor in zip(labels, tensors, strict=True):
         if tensor.dtype != tensors[0].dtype:
             raise TypeError(
                 f"{name} must share one dtype (half precision counts as float32); "
-                f"got {tensors[0].dtype} for [0] and {tensor.dtype} for [{m}]"
+                f"got {tensors[0].dtype} for {labels[0]} and {tensor.dtype} for {label}"
             )
         if tensor.device != tensors[0].device:
             raise ValueError(
                 f"{name} must be on one device; "
-                f"got {tensors[0].device} for [0] and {tensor.device} for [{m}]"
+                f"got {tensors[0].device} for {labels[0]} and {tensor.device} for {label}"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign._validation import check_alike, check_tensor, full_precision, lift
+from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
 
 __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
@@ -46,7 +46,7 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     """
     x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
     y = lift(check_tensor("y", y, "(*batch, M, D)", 2))
-    check_alike("x and y", [x, y])
+    check_alike("x and y", [x, y], ["x", "y"])
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"x (*batch, N, D) and y (*batch, M, D) must agree in batch and D; "
@@ -54,15 +54,16 @@ def squared_euclidean_cost(x: Tensor, y: Tensor) -> Tensor:
         )
     if x.numel() * y.shape[-2] <= _DIRECT_ENTRIES:
         return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    same = x is y
     with full_precision(x):
         # The distance does not depend on the origin; near the data the expansion loses no digits.
         origin = torch.cat([x.detach(), y.detach()], -2).mean(-2, keepdim=True)
         x, y = x - origin, y - origin
         squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
         cost = torch.clamp_min(squares - 2 * (x @ y.mT), 0)
-        if same:  # of a point from itself it is 0 to the last digit, as above
-            cost = cost.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0.0)
+        if (
+            x.shape == y.shape
+        ):  # between equal rows at one place it is 0 to the last digit, as above
+            cost = cost.masked_fill(torch.diag_embed((x == y).all(-1)), 0.0)
         return cost
 
 
@@ -93,6 +94,7 @@ def bures_wasserstein_cost(
     Raises:
         ValueError: Shapes do not fit together, or devices differ.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With full matrices, batch K_i K_j D^2 is more than 2^28 entries.
 
     References:
         Eq. 6 of :cite:t:`decalign:26`; :cite:t:`bhatia:19`.
@@ -106,12 +108,20 @@ def bures_wasserstein_cost(
     """
     means_i, covariances_i = _check_gaussians("i", means_i, covariances_i)
     means_j, covariances_j = _check_gaussians("j", means_j, covariances_j)
-    check_alike("means and covariances", [means_i, covariances_i, means_j, covariances_j])
+    check_alike(
+        "means and covariances",
+        [means_i, covariances_i, means_j, covariances_j],
+        ["means_i", "covariances_i", "means_j", "covariances_j"],
+    )
     cost = squared_euclidean_cost(means_i, means_j)
     with full_precision(cost):
         if covariances_i.ndim == covariances_j.ndim == means_i.ndim:
             # sum_d (s_i - s_j)^2, small differences of large deviations included
             return cost + squared_euclidean_cost(_sqrt(covariances_i), _sqrt(covariances_j))
+        check_entries(
+            means_i.numel() * means_j.shape[-2] * means_j.shape[-1],  # a matrix for each pair
+            "use diagonal covariances, fewer components, or projected features",
+        )
         if covariances_i.ndim == means_i.ndim:
             covariances_i = torch.diag_embed(covariances_i)
         if covariances_j.ndim == means_j.ndim:

@@ -16,6 +16,7 @@ from multialign._validation import (
     check_alike,
     check_choice,
     check_count,
+    check_entries,
     check_positive,
     check_tensor,
     check_weights,
@@ -92,7 +93,11 @@ class GaussianMixture:
         means = check_tensor("means", self.means, "(*batch, K, D)", 2)
         check_tensor("weights", self.weights, "(*batch, K)", 1)
         check_tensor("covariances", self.covariances, _COVARIANCE_SHAPES[self.covariance_type], 1)
-        check_alike("weights, means and covariances", [self.weights, means, self.covariances])
+        check_alike(
+            "weights, means and covariances",
+            [self.weights, means, self.covariances],
+            ["weights", "means", "covariances"],
+        )
         *batch, count, dim = means.shape
         expected = {
             "diag": (*batch, count, dim),
@@ -165,7 +170,7 @@ class GaussianMixture:
 
     def _check(self, x: Tensor) -> Tensor:
         x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
-        check_alike("means and x", [self.means, x])
+        check_alike("means and x", [self.means, x], ["means", "x"])
         if x.shape[:-2] != self.means.shape[:-2] or x.shape[-1] != self.means.shape[-1]:
             raise ValueError(
                 f"x (*batch, N, D) must agree in batch and D with the means "
@@ -238,6 +243,7 @@ def fit_gaussian_mixture(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With "full" or "tied", batch N K D is more than 2^28 entries.
 
     References:
         :cite:t:`dempster:77`; :cite:t:`arthur:07` for k-means++; Eq. 2-4 of
@@ -385,6 +391,8 @@ class GaussianPrototypes(nn.Module):
         running = self.running
         if running is not None and not self.training:
             return running
+        if running is not None:
+            check_remembered("x", x, running)
         mixture = fit_gaussian_mixture(
             x,
             self.num_prototypes,
@@ -779,6 +787,11 @@ def _em_step(
     component to rounding.
     """
     x, mass, floor = data.x, data.mass, data.floor
+    check_entries(
+        state.means.numel() * x.shape[-2],  # deviations of all samples from all means
+        'use covariance_type="diag" or "spherical" with the default regularization, which need no '
+        "such table, fewer samples, or projected features",
+    )
     log_joint = _log_joint(x, state, covariance_type)
     responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
     with torch.no_grad():
@@ -949,6 +962,20 @@ def check_fit_options(covariance_type: str, regularization: float, differentiate
     check_choice("differentiate", differentiate, ("unroll", "last", "none"))
 
 
+def check_remembered(name: str, x: Tensor, running: GaussianMixture) -> None:
+    """Raise unless `x` can be compared with the prototypes that a module remembers."""
+    if x.device != running.means.device:
+        raise ValueError(
+            f"{name} must be on the device of the prototypes remembered, {running.means.device}; "
+            f"got {x.device}; move the module with .to(device)"
+        )
+    if lift(x).dtype != running.means.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of the prototypes remembered, {running.means.dtype}; "
+            f"got {x.dtype}; convert the module with .to(dtype)"
+        )
+
+
 def check_momentum(momentum: float | None) -> None:
     """Raise unless `momentum` is None or in (0, 1]."""
     if momentum is not None:
@@ -968,4 +995,4 @@ def _check_start(
     expected = (*x.shape[:-2], num_components, x.shape[-1])
     if init.means.shape != expected:
         raise ValueError(f"init must have means of shape {expected}; got {tuple(init.means.shape)}")
-    check_alike("x and the means of init", [x, init.means])
+    check_alike("x and the means of init", [x, init.means], ["x", "the means"])

@@ -15,6 +15,7 @@ from multialign._validation import (
     Samples,
     check_choice,
     check_count,
+    check_entries,
     check_positive,
     check_samples,
     full_precision,
@@ -88,6 +89,7 @@ def mmd_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong, or "unbiased" meets N < 2.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: The distances of "median", over the batch, are more than 2^28 entries.
 
     References:
         Eq. 11-12 of :cite:t:`decalign:26`; :cite:t:`gretton:12`, Lemma 6 for the estimators;
@@ -299,6 +301,10 @@ def _median_distance(samples: Samples) -> Tensor:
         return points.new_ones(points.shape[:-2])
     stride = max(1, -(-points.shape[-2] // _MEDIAN_SAMPLES))
     points, there = points[..., ::stride, :], there[..., ::stride]
+    check_entries(
+        math.prod(points.shape[:-1]) * points.shape[-2],
+        "give the bandwidth as a number, or smaller batches",
+    )
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device
     )

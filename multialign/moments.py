@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -13,6 +14,7 @@ from multialign._distributed import ProcessGroup, Ranks
 from multialign._validation import (
     Samples,
     check_choice,
+    check_entries,
     check_positive,
     check_samples,
     full_precision,
@@ -68,6 +70,7 @@ def gaussian_moment_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: A covariance, over the batch, has more than 2^28 entries.
 
     References:
         Eq. 10 and Appendix B.6 of :cite:t:`decalign:26`.
@@ -82,6 +85,11 @@ def gaussian_moment_loss(
     _check_options(moments, feature_reduction, eps)
     ranks = Ranks(process_group)
     samples = check_samples(features, weights, gather=ranks.note)
+    if "covariance" in moments:
+        *batch, _, dim = samples.features[0].shape
+        check_entries(
+            math.prod(batch) * dim**2, 'leave "covariance" out of moments, or project the features'
+        )
     with full_precision(samples.features[0]):
         rows = [reference_row(*pair) for pair in zip(samples.features, samples.masses, strict=True)]
         origins = ranks.first_rows(rows, samples.present)

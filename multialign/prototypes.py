@@ -33,6 +33,7 @@ from multialign.mixture import (
     as_mixture,
     check_fit_options,
     check_momentum,
+    check_remembered,
     choose_rows,
     component_covariances,
     draw_means,
@@ -192,6 +193,7 @@ def prototype_alignment_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With "full" or "tied", batch N K D or batch K^2 D^2 is more than 2^28 entries.
 
     Warns:
         ConvergenceWarning: The plan did not reach the tolerance.
@@ -372,6 +374,9 @@ class PrototypeAlignmentLoss(nn.Module):
         models = self._models(counts)
         if self.momentum is None:
             return _fit(samples, counts, options, ranks)
+        for n, (model, x) in enumerate(zip(models, samples.features, strict=True)):
+            if model.running is not None:
+                check_remembered(f"features[{n}]", x, model.running)
         starts = [None if m.running is None else parameters_of(m.running) for m in models]
         if not self.training and all(start is not None for start in starts):
             data = _standardise(samples, counts, options, ranks)

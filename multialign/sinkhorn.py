@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from multialign._validation import (
     Samples,
     check_choice,
+    check_entries,
     check_positive,
     check_samples,
     full_precision,
@@ -86,6 +88,7 @@ def multi_marginal_sinkhorn_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: The costs between two clouds, over the batch, are more than 2^28 entries.
 
     Warns:
         ConvergenceWarning: Some problem did not reach the tolerance.
@@ -240,6 +243,11 @@ def _joint_term(
 ) -> tuple[TransportSolution, Tensor]:
     """Return the transport between the clouds, and the epsilon `(*batch)` that it took."""
     points = [x.double() for x in samples.features]
+    for i, j in edges:
+        check_entries(
+            math.prod(points[i].shape[:-1]) * points[j].shape[-2],
+            "draw fewer points of each cloud, or solve fewer problems at once",
+        )
     costs = {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
     level = _epsilon(epsilon, samples, costs)
     return _solve(costs, samples.masses, level, options, dtype), level

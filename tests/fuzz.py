@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile import CHECKS, JOBS, LOSSES, applies, draw_recipe, run
+from tests.hostile import CHECKS, JOBS, LOSSES, applies, run
+from tests.hostile_problems import draw_recipe
 from tests.hostile_transport import draw_problem, solve
 
 # Longer than this is a hang.

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given, settings
 
-from tests.hostile import JOBS, recipes, run
+from tests.hostile import JOBS, run
+from tests.hostile_problems import recipes
 from tests.hostile_transport import draw_problem, solve
 
 

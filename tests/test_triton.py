@@ -497,9 +497,17 @@ def test_gaussian_form(shape, dtype):
     plain = _triton.gaussian_form(*arguments, False)
     assert torch.equal(plain[0], found[0])
     assert not plain[3].any()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     for one, other in zip(found, exact):
         size = other.norm().clamp_min(1e-30)
-        assert (one.double() - other).norm() / size <= (1e-6 if dtype == torch.float32 else 1e-12)
+        assert (one.double() - other).norm() / size <= tolerance
+
+
+def test_gaussian_form_has_1_on_its_diagonal_however_narrow():
+    x, p = 1e3 * torch.randn(1, 70, 90).float(), torch.ones(1, 70).float() / 70
+    value, *derivatives = _triton.gaussian_form(x, x, p, p, torch.full((1, 1), 0.5).float(), False)
+    torch.testing.assert_close(value.item(), 1 / 70, rtol=1e-6, atol=0)
+    assert not derivatives[0].any()
 
 
 def test_gaussian_form_lets_nan_through():

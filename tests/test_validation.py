@@ -1,14 +1,23 @@
 """What every loss does with arguments that are wrong, and with dtypes."""
 
+import re
+
 import pytest
 import torch
 
 from multialign import (
+    GaussianMixture,
+    GaussianPrototypes,
+    PrototypeAlignmentLoss,
+    bures_wasserstein_cost,
     cosine_decoupling_loss,
+    fit_gaussian_mixture,
     gaussian_moment_loss,
     mmd_loss,
+    multi_marginal_sinkhorn,
     multi_marginal_sinkhorn_loss,
     prototype_alignment_loss,
+    squared_euclidean_cost,
 )
 
 
@@ -79,6 +88,76 @@ def test_features(loss, error, message, features):
 def test_weights(loss, error, message, weights):
     with pytest.raises(error, match=message):
         loss([X, X], weights)
+
+
+def mixture(x, other=lambda t: t):
+    return GaussianMixture(weights=other(x.new_ones(4) / 4), means=x, covariances=x)
+
+
+def remembered(module, x, to):
+    module(x)
+    module._apply(to)
+    module(x)
+
+
+C, NU = torch.ones(4, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+MIXED = {
+    "costs x": ("x and y", lambda to: squared_euclidean_cost(X, to(X))),
+    "costs covariances": ("covariances_j", lambda to: bures_wasserstein_cost(X, X, X, to(X))),
+    "costs means": ("means_j", lambda to: bures_wasserstein_cost(X, X, to(X), to(X))),
+    "decoupling": (r"common\[0\]", lambda to: cosine_decoupling_loss([X], [to(X)])),
+    "solver costs": (
+        r"for costs\[\(0, 1\)\]",
+        lambda to: multi_marginal_sinkhorn({(0, 1): to(C)}, [NU, NU], 1.0),
+    ),
+    "solver second costs": (
+        r"for costs\[\(1, 2\)\]",
+        lambda to: multi_marginal_sinkhorn({(0, 1): C, (1, 2): to(C)}, [NU] * 3, 1.0),
+    ),
+    "solver tensor": ("for costs and", lambda to: multi_marginal_sinkhorn(to(C), [NU, NU], 1.0)),
+    "solver marginals": (
+        r"for marginals\[1\]",
+        lambda to: multi_marginal_sinkhorn({(0, 1): C}, [NU, to(NU)], 1.0),
+    ),
+    "mixture": ("for weights and .* for means", lambda to: mixture(X, to)),
+    "mixture x": ("for means and .* for x", lambda to: mixture(X).log_prob(to(X))),
+    "mixture posterior": ("for means and .* for x", lambda to: mixture(X).posterior(to(X))),
+    "mixture init": (
+        "for x and .* for the means",
+        lambda to: fit_gaussian_mixture(X, 4, init=mixture(to(X), to)),
+    ),
+    "prototypes remembered": (
+        "x must .* the prototypes remembered",
+        lambda to: remembered(GaussianPrototypes(2, momentum=0.5), X, to),
+    ),
+    "alignment remembered": (
+        r"features\[0\] must .* the prototypes remembered",
+        lambda to: remembered(PrototypeAlignmentLoss(2, momentum=0.5), [X, X], to),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_mixed_devices_and_dtypes_are_named(case):
+    expected, call = MIXED[case]
+    with pytest.raises(ValueError, match="device.*meta") as caught:
+        call(lambda t: t.to("meta"))
+    assert re.search(expected, str(caught.value)), caught.value
+    with pytest.raises(TypeError, match="dtype.*torch.float32") as caught:
+        call(lambda t: t.float())
+    assert re.search(expected, str(caught.value)), caught.value
+
+
+def test_epsilon_and_weights_on_another_device_are_named():
+    elsewhere = torch.ones(4, device="meta")
+    with pytest.raises(ValueError, match="epsilon must be on the marginals' device cpu; got meta"):
+        multi_marginal_sinkhorn({(0, 1): C}, [NU, NU], elsewhere[0])
+    for call in (
+        lambda: fit_gaussian_mixture(X, 2, weights=elsewhere),
+        lambda: GaussianPrototypes(2)(X, elsewhere),
+    ):
+        with pytest.raises(ValueError, match="must be on the features' device cpu; got meta"):
+            call()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

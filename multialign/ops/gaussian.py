@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from multialign.ops.batching import register_batched_vmap
 
 __all__ = ["gaussian_form"]
 
-# Side of the square blocks of the kernel matrix that are worked on: they stay in the cache.
+# Side of the square blocks of the kernel matrix that are worked on: they stay in the cache. Over a
+# batch they have at most so many entries, or a side of the smallest.
 _BLOCK = 512
+_BLOCK_ENTRIES = 2**20
+_SMALLEST_BLOCK = 64
 
 
 def gaussian_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> Tensor:
@@ -136,18 +140,23 @@ def _stream(
     origin = x.mean(-2, keepdim=True)
     x, y = x - origin, y - origin
     squares_x, squares_y = x.square().sum(-1), y.square().sum(-1)
+    # Between equal rows at one place the distance is 0 to the last digit.
+    equal = (x == y).all(-1) if x.shape == y.shape else None
     # With a column of ones, one product with a block gives sum q y and sum q together.
     right = q.unsqueeze(-1) * torch.cat([y, torch.ones_like(q).unsqueeze(-1)], -1)
     left = p.unsqueeze(-1) * torch.cat([x, torch.ones_like(p).unsqueeze(-1)], -1)
     sums_x, sums_y = torch.zeros_like(p), torch.zeros_like(q)
     slopes_x, slopes_y = torch.zeros_like(left), torch.zeros_like(right)
 
-    for i in range(0, x.shape[-2], _BLOCK):
-        rows = slice(i, i + _BLOCK)
-        for j in range(0, y.shape[-2], _BLOCK):
-            columns = slice(j, j + _BLOCK)
+    side = min(_BLOCK, max(_SMALLEST_BLOCK, math.isqrt(_BLOCK_ENTRIES // max(1, len(x)))))
+    for i in range(0, x.shape[-2], side):
+        rows = slice(i, i + side)
+        for j in range(0, y.shape[-2], side):
+            columns = slice(j, j + side)
             cost = squares_x[:, rows, None] + squares_y[:, None, columns]
             cost = cost.baddbmm_(x[:, rows], y[:, columns].mT, alpha=-2).clamp_min_(0)
+            if i == j and equal is not None:
+                cost.diagonal(dim1=-2, dim2=-1).masked_fill_(equal[:, rows], 0.0)
             kernel, slope = _kernels(cost, precisions)
             sums_x[:, rows] += (kernel @ q[:, columns, None]).squeeze(-1)
             slopes_x[:, rows] += slope @ right[:, columns]

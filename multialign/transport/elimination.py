@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from multialign import _validation
 from multialign.ops import log_product, logsumexp, real
 from multialign.ops.products import LogProduct, StreamedProduct
 
@@ -53,8 +54,6 @@ its neighbour; or all."""
 Worker = Literal["torch", "triton"]
 """Which backend multiplies tables."""
 
-# The largest table that is ever built: 2 GiB in float64.
-_MAX_ENTRIES = 2**28
 # Where a variable is held at its values, so many entries of a table are worked on at once.
 _CHUNK_ENTRIES = 2**20
 
@@ -106,13 +105,11 @@ class Beliefs:
 
 def check_entries(entries: int) -> None:
     """Raise before a table is built that would be larger than the bound."""
-    if entries > _MAX_ENTRIES:
-        raise MemoryError(
-            f"this needs a table of {entries} entries, {entries * 8 / 2**30:.1f} GiB in float64, "
-            f"more than the bound of {_MAX_ENTRIES * 8 / 2**30:.0f} GiB; use fewer or smaller "
-            f"marginals, a smaller batch, or costs between pairs, {{(i, j): C_ij}}, which need "
-            f"tables of K^2 entries only"
-        )
+    _validation.check_entries(
+        entries,
+        "use fewer or smaller marginals, a smaller batch, or costs between pairs, "
+        "{(i, j): C_ij}, which need tables of K^2 entries only",
+    )
 
 
 def join(tables: Mapping[Scope, Tensor], sizes: Sequence[int]) -> Tensor:

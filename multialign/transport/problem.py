@@ -133,7 +133,11 @@ def make_problem(
     """
     weights = _check_marginals(marginals)
     tables = _check_costs(costs, weights)
-    check_alike("costs and marginals", [*tables.values(), *weights])
+    labels = [
+        *(f"costs[{scope}]" if isinstance(costs, Mapping) else "costs" for scope in tables),
+        *(f"marginals[{p}]" for p in range(len(weights))),
+    ]
+    check_alike("costs and marginals", [*tables.values(), *weights], labels)
     epsilon = _check_epsilon(epsilon, weights[0].device)
     batch = _common_batch(tables, weights, epsilon)
     for scope in tables:

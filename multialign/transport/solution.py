@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multialign._validation import check_entries
 from multialign.transport.iterations import Iterate
 from multialign.transport.problem import Problem
 from multialign.transport.reading import read_log_total, read_marginals, solve_hessian
@@ -118,11 +119,18 @@ class TransportSolution:
         return self._problem.unflatten(self._probabilities([(i,)])[0])
 
     def pairwise_marginal(self, i: int, j: int) -> Tensor:
-        r"""Return the marginal in variables i and j, :math:`(*\text{batch}, K_i, K_j)`."""
+        r"""Return the marginal in variables i and j, :math:`(*\text{batch}, K_i, K_j)`.
+
+        Raises:
+            MemoryError: It has more than 2^28 entries (2 GiB).
+        """
         self._check_index("i", i)
         self._check_index("j", j)
         if i == j:
             raise ValueError(f"i and j must differ; got {i} and {j}")
+        problem = self._problem
+        entries = problem.sizes[i] * problem.sizes[j] * problem.epsilon.numel()
+        check_entries(entries, "solve for fewer problems at once, or with smaller marginals")
         table = self._probabilities([(min(i, j), max(i, j))])[0]
         return self._problem.unflatten(table if i < j else table.mT)
 

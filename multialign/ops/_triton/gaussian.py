@@ -30,6 +30,7 @@ def _gaussian_sums(
     squares_x,  # (B, N): |x|^2
     squares_y,  # (B, M)
     q,  # (B, M)
+    equal,  # (B, N): whether x_n = y_n, whose distance is then 0
     precisions,  # (B, S)
     sums,  # (B, shares, N): sum_m q_m k_nm
     slopes,  # (B, shares, N): sum_m q_m slope_nm
@@ -42,6 +43,7 @@ def _gaussian_sums(
     share,  # columns in each
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr,  # whether N = M; else `equal` is not read
     SINGLE: tl.constexpr,  # whether BLOCK_D = BLOCK_F holds all features
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,6 +66,8 @@ def _gaussian_sums(
     features = tl.arange(0, BLOCK_D)
     kept = f_block * BLOCK_F + tl.arange(0, BLOCK_F)
     square_x = tl.load(squares_x + batch * N + rows, mask=in_rows, other=0.0)
+    if SQUARE:
+        same = tl.load(equal + batch * N + rows, mask=in_rows, other=0) != 0
     x_at = rows[:, None].to(tl.int64) * D + features[None, :]
     x_mask = in_rows[:, None]
     if SINGLE:
@@ -98,6 +102,8 @@ def _gaussian_sums(
         cost = square_x[:, None] + square_y[None, :] - 2.0 * inner
         # Rounding may take it below 0; the comparison lets a NaN through.
         cost = tl.where(cost < 0.0, 0.0, cost)
+        if SQUARE:
+            cost = tl.where((rows[:, None] == columns[None, :]) & same[:, None], 0.0, cost)
         kernel = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
         slope = tl.zeros((BLOCK_N, BLOCK_M), DTYPE)
         for s in range(S):
@@ -158,11 +164,14 @@ def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tup
     sums = x.new_empty((batch, shares, rows))
     slopes = torch.empty_like(sums)
     moments = x.new_empty((batch, shares, rows, depth))
+    square = rows == columns
+    equal = (x == y).all(-1).to(torch.int8) if square else q  # or anything
     launch(
         _gaussian_sums, programs * shares, x, y, x.square().sum(-1), y.square().sum(-1), q,
-        precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares, share,
-        DTYPE=kind, PRECISION=matrix_precision(dtype), SINGLE=single, BLOCK_N=tall, BLOCK_M=wide,
-        BLOCK_D=deep, BLOCK_F=kept, num_warps=4 if kept <= 64 else 8, num_stages=2,
+        equal, precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares,
+        share, DTYPE=kind, PRECISION=matrix_precision(dtype), SQUARE=square, SINGLE=single,
+        BLOCK_N=tall, BLOCK_M=wide, BLOCK_D=deep, BLOCK_F=kept,
+        num_warps=4 if kept <= 64 else 8, num_stages=2,
     )  # fmt: skip
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
     slope = moments.sum(1) - slopes.sum(1).unsqueeze(-1) * x
