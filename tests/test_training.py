@@ -135,7 +135,7 @@ def _scaler():
 # --- the same seed, the same result -------------------------------------------------------------
 
 # Sizes at which torch divides the work between threads, and the loss between its own blocks.
-SIZES = {"decoupling": 20_000, "moments": 20_000}
+SIZES = {"decoupling": 20_000, "moments": 20_000, "mmd": 700, "sinkhorn": 60}
 BOUNDS = {torch.float32: 2e-4, torch.float64: 1e-10}
 """How far value and gradient may be apart with another number of threads, relative to their norm.
 
@@ -149,7 +149,7 @@ def digest(threads):
     for dtype in BOUNDS:
         for name, loss in make_losses().items():
             torch.manual_seed(0)
-            size = SIZES.get(name, 700)
+            size = SIZES.get(name, 200)
             leaves = [
                 (torch.randn(size, 24, dtype=dtype) + m).requires_grad_() for m in range(3)
             ]
