@@ -305,7 +305,8 @@ class GaussianPrototypes(nn.Module):
 
     component by component (each merged pair keeps its total weight, mean and covariance
     :cite:p:`cappe:09`), and returns the merged mixture; the running part carries no gradient. In
-    eval mode the running mixture is returned unchanged.
+    eval mode the running mixture is returned unchanged. A batch whose mixture is not finite leaves
+    the running one as it was.
 
     Called ``(x, weights=None)`` with `x` :math:`(*\text{batch}, N, D)`; returns a
     :class:`GaussianMixture`. See :func:`fit_gaussian_mixture` for the fit and its errors.
@@ -427,9 +428,16 @@ class GaussianPrototypes(nn.Module):
             mixture = _merge(running, mixture, self.momentum, present)
         elif present is not None and not bool(present.all()):
             return mixture  # of no samples: nothing to start a later fit from
-        self.running_weights = mixture.weights.detach().clone()
-        self.running_means = mixture.means.detach().clone()
-        self.running_covariances = mixture.covariances.detach().clone()
+        kept = Parameters(*(part.detach().clone() for part in parameters_of(mixture)))
+        # A loss scaler skips the step of a batch that is not finite; here too it leaves no trace.
+        batch_dims = mixture.weights.ndim - 1
+        finite = torch.stack([x.isfinite().flatten(batch_dims).all(-1) for x in kept]).all(0)
+        if running is not None:
+            kept = _where(finite, kept, parameters_of(running))
+        # The first batch of all, which a compiled graph cannot look at.
+        elif not (torch.compiler.is_compiling() or bool(finite.all())):
+            return mixture
+        self.running_weights, self.running_means, self.running_covariances = kept
         return mixture
 
     def extra_repr(self) -> str:

@@ -287,12 +287,12 @@ def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:
     """Return each bandwidth, broadcastable to `(*batch, N, M)`."""
     first = samples.features[0]
     if bandwidth == "median":
-        return [_median_distance(samples)[..., None, None]]
+        with torch.no_grad():
+            return [_median_distance(samples)[..., None, None]]
     values = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
     return [first.new_tensor(float(value)) for value in values]
 
 
-@torch.no_grad()
 def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)

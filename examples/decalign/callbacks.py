@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch import distributed
 
 from examples.decalign.network import Output
+from examples.decalign.storage import replacing, write_atomically
 
-__all__ = ["EpochLog", "MetricsWriter", "PredictionWriter", "RandomState", "write_atomically"]
+__all__ = ["EpochLog", "MetricsWriter", "PredictionWriter", "RandomState"]
 
 
 class RandomState(Callback):
@@ -143,20 +143,13 @@ class PredictionWriter(BasePredictionWriter):
             predicted = predicted.astype(int)
         rows = zip(samples.ids, samples.samples.targets.tolist(), predicted.tolist(), strict=True)
         _write_table(self.folder / "predictions.csv", ["id", "label", "prediction"], rows)
-        np.savez_compressed(self.folder / "features.npz", **whole)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
+        # Given a name, numpy would add an ending to it.
+        with replacing(self.folder / "features.npz") as part, part.open("wb") as file:
+            np.savez_compressed(file, **whole)
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

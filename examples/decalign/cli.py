@@ -23,9 +23,9 @@ from examples.decalign.callbacks import (
     MetricsWriter,
     PredictionWriter,
     RandomState,
-    write_atomically,
 )
 from examples.decalign.data import ModalityData
+from examples.decalign.storage import Checkpoints, write_atomically
 from examples.decalign.task import MultimodalTask
 
 __all__ = ["DecAlignCLI"]
@@ -127,8 +127,12 @@ class DecAlignCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return a trainer that keeps the folder."""
         theirs = self._get(self.config_init, "trainer.callbacks", default=None) or []
+        plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
         return super().instantiate_trainer(
-            callbacks=[*theirs, *_callbacks(self.folder)], default_root_dir=self.folder, **kwargs
+            callbacks=[*theirs, *_callbacks(self.folder)],
+            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), Checkpoints()],
+            default_root_dir=self.folder,
+            **kwargs,
         )
 
     def after_fit(self) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from examples.decalign import figures
 from examples.decalign.baseline import linear_scores
-from examples.decalign.callbacks import write_atomically
 from examples.decalign.data import ModalityData
 from examples.decalign.report import (
     TITLES,
@@ -24,6 +23,7 @@ from examples.decalign.report import (
     summarise,
 )
 from examples.decalign.runs import Run, default_workers, parse_data, plan, train_all
+from examples.decalign.storage import write_atomically
 
 __all__ = ["MODELS", "MODULES", "STRATEGIES", "ablate", "sensitivity", "table"]
 

@@ -102,12 +102,18 @@ class SoundEncoder:
 
 def read_wave(path: str | Path, rate: int) -> Array:
     """Return the samples of a 16-bit WAV file in [-1, 1): its channels' mean, at another rate."""
-    with wave.open(str(path), "rb") as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"{path} must hold 16-bit samples; got {8 * file.getsampwidth()}-bit")
-        channels, own = file.getnchannels(), file.getframerate()
-        content = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-    sound = content.reshape(-1, channels).mean(1) / 2**15
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, own = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            frames = file.getnframes()
+            content = file.readframes(frames)
+    except (EOFError, wave.Error) as error:
+        raise ValueError(f"{path} is no whole WAV file: {error or 'it ends early'}") from error
+    if width != 2:
+        raise ValueError(f"{path} must hold 16-bit samples; got {8 * width}-bit")
+    if len(content) != 2 * channels * frames:
+        raise ValueError(f"{path} is no whole WAV file: it ends before its {frames} samples do")
+    sound = np.frombuffer(content, "<i2").reshape(-1, channels).mean(1) / 2**15
     if own != rate:
         sound = resample_poly(sound, rate, own)
     return sound.astype(np.float32)
@@ -118,7 +124,11 @@ def read_vision(path: str | Path) -> Array:
     path = Path(path)
     if path.suffix == ".npy":
         # Plain arrays alone: an array of objects is a pickle.
-        features = np.load(path, allow_pickle=False)
+        try:
+            with path.open("rb") as file:
+                features = np.lib.format.read_array(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} is no whole array of numbers: {error}") from error
         return np.atleast_2d(features).astype(np.float32)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from scipy import stats
 
-from examples.decalign.callbacks import write_atomically
 from examples.decalign.data import ModalityData
+from examples.decalign.storage import write_atomically
 from examples.decalign.targets import Target
 
 __all__ = ["Scores", "describe", "difference", "published", "render", "spread", "summarise"]

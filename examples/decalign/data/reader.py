@@ -8,16 +8,20 @@ says before that is checked: an array of objects made from bytes would be an arr
 
 from __future__ import annotations
 
+import copyreg
 import json
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from examples.decalign.storage import replacing
 
 __all__ = ["RefusedPickleError", "convert", "read_dataset", "read_pickle", "write_dataset"]
 
@@ -62,6 +66,41 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, kind.dtype, fortran, content))
 
 
+class _Call:
+    """A function that a file may call and not change: a pickle may set attributes of what it loads.
+
+    Args:
+        function: What is called.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: object) -> None:
+        raise RefusedPickleError("refused to change a function")
+
+
+def _refuse_array(*args: object) -> None:
+    raise RefusedPickleError("refused to call numpy.ndarray")
+
+
+def _buffer(kind: type[bytes] | type[bytearray]) -> Callable[..., bytes | bytearray]:
+    def make(content: object = b"", *encoding: str) -> bytes | bytearray:
+        # A number would be a size, of any size.
+        if encoding and isinstance(content, str):
+            return kind(content, "latin1")
+        if not isinstance(content, (bytes, bytearray, list)):
+            raise RefusedPickleError(f"refused to make {kind.__name__} of {type(content).__name__}")
+        return kind(content)
+
+    return make
+
+
 def _reconstruct(*args: object) -> np.ndarray:
     return np.ndarray.__new__(_Array, (0,), np.int8)
 
@@ -80,21 +119,21 @@ def _scalar(kind: _Dtype, content: bytes) -> np.generic:
 
 # numpy 2 writes numpy._core, numpy 1 wrote numpy.core; `encode` is how protocol 2 stores bytes.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): None,
+    ("numpy", "ndarray"): _Call(_refuse_array),
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    ("_codecs", "encode"): _Call(lambda text, encoding: text.encode("latin1")),
     ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "bytes"): bytes,
-    ("builtins", "bytearray"): bytearray,
+    ("builtins", "bytes"): _Call(_buffer(bytes)),
+    ("builtins", "bytearray"): _Call(_buffer(bytearray)),
     ("builtins", "complex"): complex,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }
 for _core in ("numpy.core", "numpy._core"):
     _ALLOWED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
-        (f"{_core}.multiarray", "scalar"): _scalar,
-        (f"{_core}.numeric", "_frombuffer"): _frombuffer,
+        (f"{_core}.multiarray", "_reconstruct"): _Call(_reconstruct),
+        (f"{_core}.multiarray", "scalar"): _Call(_scalar),
+        (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer),
     }
 
 
@@ -120,19 +159,31 @@ def read_pickle(path: str | Path) -> Any:
 
     Raises:
         RefusedPickleError: The file names anything else, which is not imported or called.
-        pickle.UnpicklingError: The file is no pickle, or is cut off.
+        pickle.UnpicklingError: The file is no pickle, is cut off or is damaged.
     """
+    # What an earlier unpickling has found by a number would be given out without being asked for.
+    copyreg.clear_extension_cache()
     with Path(path).open("rb") as file:
         try:
             return _Unpickler(file).load()
-        except EOFError as error:
-            raise pickle.UnpicklingError(f"{path} is cut off: {error}") from error
+        except RefusedPickleError as error:
+            raise RefusedPickleError(f"{path}: {error}") from None
+        # What bytes that are no pickle make the machine do has no end of ways to fail.
+        except Exception as error:
+            raise pickle.UnpicklingError(
+                f"{path} is no whole pickle of arrays: {type(error).__name__}: {error}"
+            ) from error
 
 
 def read_dataset(path: str | Path) -> Splits:
     """Return the splits of a pickle, or of the file that `convert` made of one.
 
     The arrays of a converted file stay there and are read when they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        pickle.UnpicklingError: As `read_pickle` says.
+        ValueError: A converted file is cut off, or another one.
     """
     path = Path(path)
     if not path.is_file():
@@ -144,7 +195,10 @@ def read_dataset(path: str | Path) -> Splits:
 
 def convert(source: str | Path, destination: str | Path) -> None:
     """Write a pickle once as a safetensors file: no code, and mapped into memory when read."""
-    write_dataset(read_pickle(source), destination)
+    splits = read_dataset(source)
+    if not isinstance(splits, dict) or not all(isinstance(t, dict) for t in splits.values()):
+        raise ValueError(f"{source} must hold a dictionary of splits, each a dictionary")
+    write_dataset(splits, destination)
 
 
 def write_dataset(splits: Splits, destination: str | Path) -> None:
@@ -168,16 +222,20 @@ def write_dataset(splits: Splits, destination: str | Path) -> None:
                 raise ValueError(
                     f"{split}[{key!r}] must hold numbers or strings; got {array.dtype}"
                 )
-    save_file(arrays, destination, metadata={"texts": json.dumps(texts)})
+    with replacing(destination) as part:
+        save_file(arrays, part, metadata={"texts": json.dumps(texts)})
 
 
 def _read_safetensors(path: Path) -> Splits:
     splits: Splits = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            split, key = name.split("/", 1)
-            splits.setdefault(split, {})[key] = file.get_tensor(name)
-        texts = json.loads((file.metadata() or {}).get("texts", "{}"))
-    for split, table in texts.items():
-        splits.setdefault(split, {}).update(table)
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                split, key = name.split("/", 1)
+                splits.setdefault(split, {})[key] = file.get_tensor(name)
+            texts = json.loads((file.metadata() or {}).get("texts", "{}"))
+        for split, table in texts.items():
+            splits.setdefault(split, {}).update(table)
+    except Exception as error:
+        raise ValueError(f"{path} is no whole file that `convert` wrote: {error}") from error
     return splits

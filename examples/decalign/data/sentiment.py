@@ -22,7 +22,7 @@ MODALITIES = ("text", "audio", "vision")
 
 
 class SchemaError(ValueError):
-    """A key of the file is missing or misshapen; the message names it."""
+    """A key of the file is missing or misshapen; the message names file and key."""
 
 
 class DataWarning(UserWarning):
@@ -75,6 +75,12 @@ class MMSAData(ModalityData):
 
     def load(self) -> dict[str, Samples]:
         """Read, check, clean and standardise."""
+        try:
+            return self._load()
+        except SchemaError as error:
+            raise SchemaError(f"{self.path}: {error}") from None
+
+    def _load(self) -> dict[str, Samples]:
         tables = _check_file(read_dataset(self.path), self._keys())
         target = self.target
         batches = {}
