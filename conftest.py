@@ -1,7 +1,6 @@
 """Where pytest looks for doctests, and the seed that each of them starts from."""
 
 from importlib.util import find_spec
-
 from pathlib import Path
 
 import pytest

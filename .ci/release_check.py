@@ -28,7 +28,7 @@ OLDEST = "2.4.1"
 OLDEST_RUNS_ON = ("3.10", "3.11", "3.12")  # what that release of torch has wheels for
 
 
-class CheckFailed(Exception):
+class CheckError(Exception):
     """Says in one line what did not pass."""
 
 
@@ -72,16 +72,17 @@ def run_tests(environment: Environment, tests: Path) -> str:
     """Run the test suite in an environment and return its counts."""
     report = environment.folder / "tests.xml"
     pytest = [environment.python, "-m", "pytest", "-q", f"--junitxml={report}"]
-    status = subprocess.run([*pytest, "tests", "--pyargs", "multialign"], cwd=tests).returncode
+    what = ["--collect-in-virtualenv", "tests", "--pyargs", "multialign"]
+    status = subprocess.run([*pytest, *what], cwd=tests).returncode
     if not report.exists():
-        raise CheckFailed(f"pytest ended with {status} before its report")
+        raise CheckError(f"pytest ended with {status} before its report")
     suite = ElementTree.parse(report).getroot()[0].attrib
     bad = {kind: int(suite[kind]) for kind in ("failures", "errors")}
     skipped = int(suite["skipped"])
     passed = int(suite["tests"]) - skipped - sum(bad.values())
     counts = f"{passed} passed, {skipped} skipped"
     if status:
-        raise CheckFailed(f"{bad['failures']} failed, {bad['errors']} errors, {counts}")
+        raise CheckError(f"{bad['failures']} failed, {bad['errors']} errors, {counts}")
     return counts
 
 
@@ -99,11 +100,13 @@ def check_combination(python: str, torch: str, wheel: Path, sdist: Path, constra
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         constraint = constraints_with(torch, constraint, folder)
-        environment = Environment(folder / "environment", constraint, python)
+        tests = unpacked_tests(sdist, folder / "sdist")
+        # In the folder of the tests, whose conftest.py then serves the docstrings as well.
+        environment = Environment(tests / "environment", constraint, python)
         environment.install(str(wheel.resolve()))
         environment.use()
         environment.install(f"{wheel.resolve()}[test,example]")
-        return run_tests(environment, unpacked_tests(sdist, folder / "sdist"))
+        return run_tests(environment, tests)
 
 
 def main() -> None:
@@ -131,7 +134,7 @@ def main() -> None:
         started = time.monotonic()
         try:
             outcome = f"passed: {check(*rest)}"
-        except (CheckFailed, subprocess.CalledProcessError) as error:
+        except (CheckError, subprocess.CalledProcessError) as error:
             failed = True
             command = getattr(error, "cmd", None)
             # The last word says what was installed; the lines before the summary say the rest.
