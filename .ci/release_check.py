@@ -2,17 +2,24 @@
 
 For the oldest and the newest torch, and each Python from 3.10 on that is installed here, the wheel
 is used where only torch is installed; then the test suite of the sdist runs against it. The sdist
-itself is built and used once.
+itself is built and used once. A combination that fails does not stop the others: the last lines
+say what became of each, and the exit status is 0 only if all passed. `--python` and `--torch`
+choose some of them, to repeat one alone or to go on where a run was stopped.
 """
 
 import argparse
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 from check_wheel import Environment, check_contents
 
@@ -21,14 +28,22 @@ OLDEST = "2.4.1"
 OLDEST_RUNS_ON = ("3.10", "3.11", "3.12")  # what that release of torch has wheels for
 
 
+class CheckError(Exception):
+    """Says in one line what did not pass."""
+
+
 def installed_pythons() -> dict[str, str]:
     """Return the interpreters that are installed here, by version."""
     found = {}
     for version in PYTHONS:
-        path = shutil.which(f"python{version}")
-        # Something of that name may be there and do no more than to say which versions are not.
-        if path and not subprocess.run([path, "-c", "import venv"], capture_output=True).returncode:
-            found[version] = path
+        for folder in os.get_exec_path():
+            path = shutil.which(f"python{version}", path=folder)
+            # A shim of that name may do no more than to say which versions are not installed.
+            if (
+                path
+                and not subprocess.run([path, "-c", "import venv"], capture_output=True).returncode
+            ):
+                found.setdefault(version, path)
     found.setdefault(f"{sys.version_info.major}.{sys.version_info.minor}", sys.executable)
     return found
 
@@ -43,11 +58,55 @@ def unpacked_tests(sdist: Path, folder: Path) -> Path:
 
 
 def constraints_with(torch: str, constraint: Path, folder: Path) -> Path:
-    """Return constraints for another version of torch."""
-    text = re.sub(r"^torch==.*$", f"torch=={torch}", constraint.read_text(), flags=re.MULTILINE)
+    """Return constraints for another version of torch, whose builds for CUDA ask for a triton."""
+    text = constraint.read_text()
+    if f"torch=={torch}\n" not in text:
+        text = re.sub(r"^triton==.*\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^torch==.*$", f"torch=={torch}", text, flags=re.MULTILINE)
     path = folder / "constraints.txt"
     path.write_text(text)
     return path
+
+
+def run_tests(environment: Environment, tests: Path) -> str:
+    """Run the test suite in an environment and return its counts."""
+    report = environment.folder / "tests.xml"
+    pytest = [environment.python, "-m", "pytest", "-q", f"--junitxml={report}"]
+    what = ["--collect-in-virtualenv", "tests", "--pyargs", "multialign"]
+    status = subprocess.run([*pytest, *what], cwd=tests).returncode
+    if not report.exists():
+        raise CheckError(f"pytest ended with {status} before its report")
+    suite = ElementTree.parse(report).getroot()[0].attrib
+    bad = {kind: int(suite[kind]) for kind in ("failures", "errors")}
+    skipped = int(suite["skipped"])
+    passed = int(suite["tests"]) - skipped - sum(bad.values())
+    counts = f"{passed} passed, {skipped} skipped"
+    if status:
+        raise CheckError(f"{bad['failures']} failed, {bad['errors']} errors, {counts}")
+    return counts
+
+
+def check_sdist(sdist: Path, constraint: Path) -> str:
+    """Build and use the sdist where only torch is installed."""
+    with tempfile.TemporaryDirectory() as name:
+        environment = Environment(Path(name) / "environment", constraint)
+        environment.install(str(sdist.resolve()))
+        environment.use()
+    return "built, installed and used"
+
+
+def check_combination(python: str, torch: str, wheel: Path, sdist: Path, constraint: Path) -> str:
+    """Use the wheel where only torch is installed, then run the test suite of the sdist on it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        constraint = constraints_with(torch, constraint, folder)
+        tests = unpacked_tests(sdist, folder / "sdist")
+        # In the folder of the tests, whose conftest.py then serves the docstrings as well.
+        environment = Environment(tests / "environment", constraint, python)
+        environment.install(str(wheel.resolve()))
+        environment.use()
+        environment.install(f"{wheel.resolve()}[test,example]")
+        return run_tests(environment, tests)
 
 
 def main() -> None:
@@ -56,43 +115,48 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="holds one sdist and one wheel")
     parser.add_argument("--constraint", type=Path, required=True)
     parser.add_argument("--torch", nargs="+", help="versions; default: the oldest and the newest")
+    parser.add_argument("--python", nargs="+", choices=PYTHONS, help="default: all there are")
     arguments = parser.parse_args()
     (wheel,), (sdist,) = (list(arguments.folder.glob(kind)) for kind in ("*.whl", "*.tar.gz"))
-    newest = re.search(r"^torch==(\S+)", arguments.constraint.read_text(), re.MULTILINE)[1]
+    constraint = arguments.constraint
+    newest = re.search(r"^torch==(\S+)", constraint.read_text(), re.MULTILINE)[1]
 
     check_contents(wheel)
     subprocess.run(
         [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], check=True
     )
-    with tempfile.TemporaryDirectory() as name:
-        environment = Environment(Path(name) / "environment", arguments.constraint)
-        environment.install(str(sdist.resolve()))
-        environment.use()
 
-    pythons, done = installed_pythons(), []
+    lines, failed = [], False
+
+    def record(name: str, check: Callable[..., str], *rest: object) -> None:
+        nonlocal failed
+        print(f"== {name}", flush=True)
+        started = time.monotonic()
+        try:
+            outcome = f"passed: {check(*rest)}"
+        except (CheckError, subprocess.CalledProcessError) as error:
+            failed = True
+            command = getattr(error, "cmd", None)
+            # The last word says what was installed; the lines before the summary say the rest.
+            reason = f"{shlex.join(command[1:4])} ... {command[-1][-60:]!r}" if command else error
+            outcome = f"FAILED: {reason}"
+        lines.append(f"{name}: {outcome} ({time.monotonic() - started:.0f} s)")
+        print(lines[-1], flush=True)
+
+    record("The sdist", check_sdist, sdist, constraint)
+    pythons = installed_pythons()
     for torch in arguments.torch or (OLDEST, newest):
-        for version, python in pythons.items():
+        for version in arguments.python or PYTHONS:
+            name = f"Python {version}, torch {torch}"
             if torch == OLDEST and version not in OLDEST_RUNS_ON:
-                continue
-            print(f"== Python {version}, torch {torch}", flush=True)
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                constraint = constraints_with(torch, arguments.constraint, folder)
-                environment = Environment(folder / "environment", constraint, python)
-                environment.install(str(wheel.resolve()))
-                environment.use()
-                environment.install(f"{wheel.resolve()}[test,example]")
-                tests = unpacked_tests(sdist, folder / "sdist")
-                subprocess.run(
-                    [environment.python, "-m", "pytest", "-q", "tests", "--pyargs", "multialign"],
-                    check=True,
-                    cwd=tests,
-                )
-            done.append(f"Python {version} with torch {torch}")
-    missing = [version for version in PYTHONS if version not in pythons]
-    print(f"Passed on {'; '.join(done)}.")
-    if missing:
-        print(f"Not checked, as it is not installed here: Python {', '.join(missing)}.")
+                lines.append(f"{name}: not checked, there is no such build of torch")
+            elif version not in pythons:
+                lines.append(f"{name}: not checked, this Python is not installed here")
+                failed |= arguments.python is not None  # it was asked for by name
+            else:
+                record(name, check_combination, pythons[version], torch, wheel, sdist, constraint)
+    print("\n".join(["", "Summary", *lines]))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ values, so none makes a CUDA device synchronise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {expected}; got {value!r}")
+        raise ValueError(f"{name} must be one of {expected}; got {_describe(value)}")
 
 
 def check_positive(name: str, value: object, *, zero: bool = False) -> None:
@@ -69,15 +69,22 @@ def check_tensors(
 
     Half-precision tensors come back in float32; after that all must share a dtype and a device.
     """
-    expected = f"a sequence of at least {minimum} tensors {shape}, or one stacked tensor"
+    expected = (
+        f"a sequence of at least {minimum} tensors {shape}, one for each modality, "
+        "or one stacked tensor"
+    )
     if isinstance(values, Tensor):
-        if values.ndim < 1:
-            raise ValueError(f"{name} must be {expected}; got shape {tuple(values.shape)}")
+        if values.ndim <= min_dims:
+            raise TypeError(
+                f"{name} must be {expected}; got one tensor of shape {tuple(values.shape)}. "
+                "Put the tensors of all modalities into a list: [a, b]"
+            )
         items: Sequence[object] = values.unbind(0)
     elif isinstance(values, Sequence) and not isinstance(values, str):
         items = values
     else:
-        raise TypeError(f"{name} must be {expected}; got {_describe(values)}")
+        hint = f". Give list({name}.values())" if isinstance(values, Mapping) else ""
+        raise TypeError(f"{name} must be {expected}; got {_describe(values)}{hint}")
     if len(items) < minimum:
         raise ValueError(f"{name} must be {expected}; got {len(items)}")
     tensors = [check_tensor(f"{name}[{m}]", item, shape, min_dims) for m, item in enumerate(items)]
@@ -168,7 +175,14 @@ def check_weights(
     if weights is None:
         return [None] * len(features)
     if isinstance(weights, Tensor):
-        weights = weights.unbind(0) if weights.ndim else [weights]
+        if weights.ndim != len(batch) + 2 or weights.shape[0] != len(features):
+            raise TypeError(
+                f"weights must be None, a sequence of {len(features)} tensors (or None), or one "
+                f"stacked tensor of shape {_shape((len(features), *batch), 'N')}; got one tensor "
+                f"of shape {tuple(weights.shape)}. If these are features, put those of all "
+                "modalities into one list: [a, b]"
+            )
+        weights = weights.unbind(0)
     if not isinstance(weights, Sequence):
         raise TypeError(
             f"weights must be None or a sequence of {len(features)} tensors (or None); "

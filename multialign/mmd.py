@@ -51,9 +51,9 @@ def mmd_loss(
     r"""Compare every two modalities by their maximum mean discrepancy under a Gaussian kernel.
 
     .. math::
-        L = \frac{2}{M(M-1)} \sum_{i<j} \Big(\mathbb{E}\, k(x_i, x_i') + \mathbb{E}\, k(x_j, x_j')
-            - 2\, \mathbb{E}\, k(x_i, x_j)\Big), \qquad
-        k(x, y) = \exp\Big(-\frac{\|x - y\|^2}{2 \sigma^2}\Big)
+        L &= \frac{2}{M(M-1)} \sum_{i<j} \Big(\mathbb{E}\, k(x_i, x_i') + \mathbb{E}\, k(x_j, x_j')
+            - 2\, \mathbb{E}\, k(x_i, x_j)\Big) \\
+        k(x, y) &= \exp\Big(-\frac{\|x - y\|^2}{2 \sigma^2}\Big)
 
     The estimators of the squared discrepancy of two modalities:
 
@@ -64,7 +64,7 @@ def mmd_loss(
       near equality. A modality with fewer than two samples of positive weight is out.
     - "random_features": the squared distance between mean random Fourier features. Never negative,
       linear in N, and equal to "biased" up to an error of the order of
-      :math:`1/\sqrt{\text{num\_features}}`. The frequencies are drawn anew at each call.
+      :math:`1/\sqrt{\mathrm{num\_features}}`. The frequencies are drawn anew at each call.
 
     Kernel matrices of more than 2^16 entries are never held: they are streamed in blocks, with
     memory O(N D), and then have first derivatives only.

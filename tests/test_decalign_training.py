@@ -109,7 +109,7 @@ def test_fit_leaves_everything(name, samples, bert, tmp_path):
     assert config["model"]["network"]["attention_dropout"] is not None
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["seed"] == 1
-    assert environment["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["torch"])  # which may lack the +cu130
     assert environment["data"].startswith("sha256:")
 
     [row] = read_log(tmp_path)

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from multialign import (
+    CosineDecouplingLoss,
     GaussianMixture,
+    GaussianMomentLoss,
     GaussianPrototypes,
+    MMDLoss,
+    MultiMarginalSinkhornLoss,
     PrototypeAlignmentLoss,
     bures_wasserstein_cost,
     cosine_decoupling_loss,
@@ -25,12 +29,18 @@ def decoupling(features, weights=None):
     return cosine_decoupling_loss(features, features, weights)
 
 
-def prototypes(features, weights=None):
-    return prototype_alignment_loss(features, weights, num_prototypes=2)
+def prototypes(*arguments):
+    return prototype_alignment_loss(*arguments, num_prototypes=2)
 
 
 COMPARING = [gaussian_moment_loss, mmd_loss, multi_marginal_sinkhorn_loss, prototypes]
 LOSSES = [decoupling, *COMPARING]
+MODULES = [
+    GaussianMomentLoss(),
+    MMDLoss(),
+    MultiMarginalSinkhornLoss(),
+    PrototypeAlignmentLoss(2),
+]
 X = torch.ones(4, 3, dtype=torch.float64)
 
 
@@ -40,6 +50,9 @@ X = torch.ones(4, 3, dtype=torch.float64)
     [
         (TypeError, "must be a sequence of at least 2 tensors .* got 3", 3),
         (TypeError, "must be a sequence .* got 'abc'", "abc"),
+        (TypeError, r"one for each modality, .* got dict. Give list\(\w+.values\(\)\)", {"a": X}),
+        (TypeError, "one for each modality, .* got generator", (x for x in [X, X])),
+        (TypeError, "one for each modality, .* got ndarray", X.numpy()),
         (ValueError, r"must be a sequence .*\(\*batch, N, D\).* got 1", [X]),
         (ValueError, "got 1", X[None]),
         (TypeError, r"\[1\] must be a tensor \(\*batch, N, D\); got list", [X, [1.0]]),
@@ -59,6 +72,55 @@ X = torch.ones(4, 3, dtype=torch.float64)
 def test_features(loss, error, message, features):
     with pytest.raises(error, match=message):
         loss(features)
+
+
+@pytest.mark.parametrize("loss", [*COMPARING, *MODULES])
+def test_modalities_given_one_by_one(loss):
+    """Two or three arguments in place of one list: the second would be the weights."""
+    one = r"must be a sequence of .* one for each modality, .* got one tensor of shape \(4, 3\)"
+    for arguments in [(X,), (X, X), (X, X[:, 0]), (X, [X])]:
+        with pytest.raises(TypeError, match=rf"{one}.* into a list: \[a, b\]"):
+            loss(*arguments)
+    batches = X.expand(2, 4, 3)  # two modalities, if one did not know better
+    for features, second in [([X, X], X), (batches, batches)]:
+        shape = re.escape(str(tuple(second.shape)))
+        with pytest.raises(TypeError, match=rf"got one tensor of shape {shape}. If .*\[a, b\]"):
+            loss(features, second)
+    with pytest.raises(TypeError, match="arguments"):
+        loss(X, X, X)
+
+
+@pytest.mark.parametrize("loss", [cosine_decoupling_loss, CosineDecouplingLoss()])
+def test_unique_and_common_features_given_one_by_one(loss):
+    with pytest.raises(TypeError, match=r"unique must be .* got one tensor .*\[a, b\]"):
+        loss(X, X)
+    with pytest.raises(TypeError, match=r"common must be .* got one tensor .*\[a, b\]"):
+        loss([X, X], X)
+    with pytest.raises(TypeError, match=r"unique must be .* got dict. Give list\(unique.values"):
+        loss({"a": X}, {"a": X})
+    with pytest.raises(TypeError, match="common"):
+        loss([X, X])
+    with pytest.raises(TypeError, match=r"weights must be .* stacked tensor of shape \(2, N\)"):
+        loss([X, X], [X, X], X)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_stacked_weights(loss):
+    """One tensor is M of them, also where batches make it look like features."""
+    for batch in [(), (2,)] if loss is not decoupling else [()]:
+        x = torch.randn(2, *batch, 4, 3, dtype=torch.float64)
+        weights = torch.rand(2, *batch, 4, dtype=torch.float64)
+        losses = []
+        for given in (weights, list(weights)):
+            torch.manual_seed(0)
+            losses.append(loss(x, given))
+        torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [CosineDecouplingLoss, GaussianMomentLoss, MMDLoss])
+def test_features_given_to_the_constructor(make):
+    with pytest.raises((TypeError, ValueError), match=r"must be .* got (Tensor|tensor)"):
+        make(X)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

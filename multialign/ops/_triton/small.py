@@ -551,7 +551,8 @@ def _solve_small(
 
     held = _cost(0, 0, tables, sizes, PAIRS, LOOP, BLOCKS, DTYPE)
     mean, deviation = _moments(nu, held, tables, sizes, M, PAIRS, LOOP, BLOCKS, DTYPE)
-    epsilon = tl.maximum(target, _FIRST_EPSILON * deviation)
+    # A constant on the left makes a constant of the product in the interpreter of triton 3.7.
+    epsilon = tl.maximum(target, deviation * _FIRST_EPSILON)
     x = (
         tl.where(nu[0] == 0.0, float("-inf"), nu[0] * 0.0),
         tl.where(nu[1] == 0.0, float("-inf"), nu[1] * 0.0),
