@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from examples.decalign.dropout import Dropout, dropout
+from examples.decalign.attention import Attention
+from examples.decalign.dropout import Dropout
 from examples.decalign.encoders import masked_mean
 
 __all__ = ["ModalityTransformer"]
@@ -78,14 +76,11 @@ class ModalityTransformer(nn.Module):
         # A sample without any key attends to all of them, which are zeros: the softmax over no
         # key at all would be NaN.
         blocked = ~keys & keys.any(-1, keepdim=True)
-        # What is added to all scores of a key.
-        bias = torch.zeros(keys.shape, dtype=embedded.dtype, device=keys.device)
-        bias = bias.masked_fill_(blocked, -math.inf)
         if context is not None:
             context = torch.where(keys.unsqueeze(-1), context, context.new_zeros(()))
         x = embedded
         for block in self.blocks:
-            x = block(x, context, bias)
+            x = block(x, context, blocked)
         return self.norm(x)
 
 
@@ -103,7 +98,7 @@ class _Block(nn.Module):
         super().__init__()
         self.query_norm = nn.LayerNorm(width)
         self.key_norm = nn.LayerNorm(width)
-        self.attention = _Attention(width, heads, attention_dropout)
+        self.attention = Attention(width, heads, attention_dropout)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, 2 * width),
@@ -113,58 +108,7 @@ class _Block(nn.Module):
         )
         self.dropout = Dropout(residual_dropout)
 
-    def forward(self, x: Tensor, context: Tensor | None, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, blocked: Tensor) -> Tensor:
         keys = self.key_norm(x if context is None else context)
-        x = x + self.dropout(self.attention(self.query_norm(x), keys, bias))
+        x = x + self.dropout(self.attention(self.query_norm(x), keys, blocked))
         return x + self.dropout(self.feed_forward(x))
-
-
-class _Attention(nn.Module):
-    """Scaled dot-product attention in several heads, with the parameters of `nn.MultiheadAttention`.
-
-    On a CPU the products are written out: torch has no fused kernel there that drops weights, and
-    what it does instead reads each head's steps from all over the memory.
-    """
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        like = nn.MultiheadAttention(width, heads)  # the parameters and how they begin
-        self.in_proj_weight, self.in_proj_bias = like.in_proj_weight, like.in_proj_bias
-        self.out_proj = like.out_proj
-        self.heads = heads
-        self.dropout = dropout
-
-    def forward(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-        """Attend from `(N, T, D)` to `(N, S, D)`, with the `bias` `(N, S)` of each key."""
-        width = queries.shape[-1]
-        shares = [width, 2 * width]
-        (query_weight, weight), (query_bias, offset) = (
-            part.split(shares) for part in (self.in_proj_weight, self.in_proj_bias)
-        )
-        (query,) = self._heads(functional.linear(queries, query_weight, query_bias), 1)
-        key, value = self._heads(functional.linear(keys, weight, offset), 2)
-        # One row a head, all of them in the same order.
-        bias = bias.repeat_interleave(self.heads, 0).unsqueeze(1)
-        attended = attend(query, key, value, bias, self.dropout if self.training else 0.0)
-        attended = attended.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
-        return self.out_proj(attended)
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """Bring `(N, T, parts * heads * E)` to `(parts, N * heads, T, E)`."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop: float) -> Tensor:
-    """Return softmax(Q K^T / sqrt(E) + bias) V, weights dropped with probability `drop`.
-
-    Args:
-        query: `(B, T, E)`.
-        key: `(B, S, E)`.
-        value: `(B, S, E)`.
-        bias: `(B, 1, S)`.
-        drop: The weights' dropout.
-    """
-    if query.device.type != "cpu":
-        return functional.scaled_dot_product_attention(query, key, value, bias, drop)
-    scores = torch.baddbmm(bias.to(query.dtype), query, key.mT, alpha=query.shape[-1] ** -0.5)
-    return torch.bmm(dropout(scores.softmax(-1), drop, True), value)
