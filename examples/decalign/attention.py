@@ -1,9 +1,9 @@
 """Scaled dot-product attention in several heads, and its products on a CPU.
 
-torch has no fused kernel for a CPU that drops weights. What it does instead keeps several tables of
-T x S weights a head for the backward pass, in memory that takes longer to get than to fill. Here the
-heads take turns, a few at once, so that their weights stay in the cache; what is kept is one random
-number of 16 bits a weight, and the weights are computed again.
+torch has no fused kernel for a CPU that drops weights. What it does instead keeps several tables
+of T x S weights a head for the backward pass, in memory that takes longer to get than to fill. Here
+the heads take turns, a few at once, so that their weights stay in the cache; what is kept is one
+random number of 16 bits a weight, and the weights are computed again.
 """
 
 from __future__ import annotations
