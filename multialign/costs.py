@@ -135,15 +135,20 @@ def pairwise_bures_cost(
     Returns:
         `(P, *batch, K, K)`.
     """
-    left, right = (torch.tensor(side, device=means.device) for side in zip(*pairs, strict=True))
+    left, right = zip(*pairs, strict=True)
+    means_i, means_j = _take(means, left), _take(means, right)
     if covariances.ndim == means.ndim:
-        return bures_wasserstein_cost(
-            means[left], covariances[left], means[right], covariances[right]
-        )
-    cost = squared_euclidean_cost(means[left], means[right])
+        i, j = _take(covariances, left), _take(covariances, right)
+        return bures_wasserstein_cost(means_i, i, means_j, j)
+    cost = squared_euclidean_cost(means_i, means_j)
     with full_precision(cost):
         factored = _factor(covariances)
-        return cost + _bures(factored.select(left), factored.select(right)).to(cost.dtype)
+        return cost + _bures(factored.take(left), factored.take(right)).to(cost.dtype)
+
+
+def _take(x: Tensor, entries: Sequence[int]) -> Tensor:
+    """Return some entries of the first dimension; unlike indexing, no index goes to the device."""
+    return torch.stack([x[entry] for entry in entries])
 
 
 def _check_gaussians(name: str, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,16 +184,18 @@ class _Factored(NamedTuple):
     rounding: float
     """The relative rounding error that the entries came with."""
 
-    def select(self, index: Tensor) -> _Factored:
+    def take(self, entries: Sequence[int]) -> _Factored:
         """Return some entries of the first batch dimension."""
-        return _Factored(*(part[index] for part in self[:4]), self.rounding)
+        trace, root, values, vectors = (_take(part, entries) for part in self[:4])
+        return _Factored(trace, root, values, vectors, self.rounding)
 
 
 def _factor(covariances: Tensor) -> _Factored:
     rounding = torch.finfo(covariances.dtype).eps
     covariances = covariances.double()
     trace = covariances.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return _Factored(trace, *_MatrixSqrt.apply(covariances), rounding)
+    root, values, vectors = _MatrixSqrt.apply(covariances)
+    return _Factored(trace, root, values, vectors, rounding)
 
 
 def _bures(i: _Factored, j: _Factored) -> Tensor:
