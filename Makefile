@@ -60,11 +60,15 @@ release-check: $(VENV)/.installed-lint ## Build sdist and wheel, and test them w
 	$(PY) -m build --outdir dist . > /dev/null
 	$(PY) .ci/release_check.py dist --constraint $(CONSTRAINTS) $(ARGS)
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-bench ## Measure against the peers and write benchmarks/results
+bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-bench ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
+<<<<<<< HEAD
 	$(PY) -m benchmarks.hostile
+=======
+	$(PY) -m benchmarks.decalign_step
+>>>>>>> step
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
 # hand, and pytest.

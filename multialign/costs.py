@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
+=======
+from multialign._validation import check_alike, check_tensor, full_precision, lift
+from multialign.ops import polar_product
+>>>>>>> step
 
 __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
@@ -126,7 +132,37 @@ def bures_wasserstein_cost(
             covariances_i = torch.diag_embed(covariances_i)
         if covariances_j.ndim == means_j.ndim:
             covariances_j = torch.diag_embed(covariances_j)
-        return cost + _bures(covariances_i.double(), covariances_j.double()).to(cost.dtype)
+        i, j = (_factor(covariances) for covariances in (covariances_i, covariances_j))
+        return cost + _bures(i, j).to(cost.dtype)
+
+
+def pairwise_bures_cost(
+    means: Tensor, covariances: Tensor, pairs: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return `bures_wasserstein_cost` of P pairs of M sets of K Gaussians, each factored once.
+
+    Args:
+        means: `(M, *batch, K, D)`.
+        covariances: `(M, *batch, K, D)` or `(M, *batch, K, D, D)`.
+        pairs: Which sets.
+
+    Returns:
+        `(P, *batch, K, K)`.
+    """
+    left, right = zip(*pairs, strict=True)
+    means_i, means_j = _take(means, left), _take(means, right)
+    if covariances.ndim == means.ndim:
+        i, j = _take(covariances, left), _take(covariances, right)
+        return bures_wasserstein_cost(means_i, i, means_j, j)
+    cost = squared_euclidean_cost(means_i, means_j)
+    with full_precision(cost):
+        factored = _factor(covariances)
+        return cost + _bures(factored.take(left), factored.take(right)).to(cost.dtype)
+
+
+def _take(x: Tensor, entries: Sequence[int]) -> Tensor:
+    """Return some entries of the first dimension; unlike indexing, no index goes to the device."""
+    return torch.stack([x[entry] for entry in entries])
 
 
 def _check_gaussians(name: str, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,27 +184,47 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, x, torch.where(zero, x.new_ones(()), x).sqrt())
 
 
-def _bures(covariances_i: Tensor, covariances_j: Tensor) -> Tensor:
+class _Factored(NamedTuple):
+    """Positive semi-definite matrices S and their roots R, in float64."""
+
+    trace: Tensor
+    """Of S, `(*batch, K)`."""
+    root: Tensor
+    """`(*batch, K, D, D)`."""
+    values: Tensor
+    """Eigenvalues of R, `(*batch, K, D)`, ascending; without gradient, like the next."""
+    vectors: Tensor
+    """Its eigenvectors, `(*batch, K, D, D)`."""
+    rounding: float
+    """The relative rounding error that the entries came with."""
+
+    def take(self, entries: Sequence[int]) -> _Factored:
+        """Return some entries of the first batch dimension."""
+        trace, root, values, vectors = (_take(part, entries) for part in self[:4])
+        return _Factored(trace, root, values, vectors, self.rounding)
+
+
+def _factor(covariances: Tensor) -> _Factored:
+    rounding = torch.finfo(covariances.dtype).eps
+    covariances = covariances.double()
+    trace = covariances.diagonal(dim1=-2, dim2=-1).sum(-1)
+    root, values, vectors = _MatrixSqrt.apply(covariances)
+    return _Factored(trace, root, values, vectors, rounding)
+
+
+def _bures(i: _Factored, j: _Factored) -> Tensor:
     """Return Tr(S_i + S_j - 2 (S_i^1/2 S_j S_i^1/2)^1/2) for every two matrices."""
-    trace_i = covariances_i.diagonal(dim1=-2, dim2=-1).sum(-1)
-    trace_j = covariances_j.diagonal(dim1=-2, dim2=-1).sum(-1)
-    root_i, root_j = _matrix_sqrt(covariances_i), _matrix_sqrt(covariances_j)
     # The last trace is the sum of the singular values of S_j^1/2 S_i^1/2: no square is formed
     # and undone, so that small eigenvalues keep their digits.
-    fidelity = _nuclear_norm(root_j.unsqueeze(-4) @ root_i.unsqueeze(-3))
-    bures = trace_i.unsqueeze(-1) + trace_j.unsqueeze(-2) - 2 * fidelity
+    product = j.root.unsqueeze(-4) @ i.root.unsqueeze(-3)
+    rounding = max(i.rounding, j.rounding)
+    needed = torch.is_grad_enabled() and product.requires_grad
+    fidelity, _ = _NuclearNorm.apply(
+        product, i.values, i.vectors, j.values, j.vectors, rounding, needed
+    )
+    bures: Tensor = i.trace.unsqueeze(-1) + j.trace.unsqueeze(-2) - 2 * fidelity
     # Rounding may leave it just below 0. Its gradient there is as good as above, so it is kept.
     return bures + (bures.clamp_min(0) - bures).detach()
-
-
-def _matrix_sqrt(matrix: Tensor) -> Tensor:
-    root: Tensor = _MatrixSqrt.apply(matrix)
-    return root
-
-
-def _nuclear_norm(matrix: Tensor) -> Tensor:
-    norm: Tensor = _NuclearNorm.apply(matrix)
-    return norm
 
 
 # Derivatives of the functions of matrices below are written with functions that are themselves
@@ -177,25 +233,33 @@ def _nuclear_norm(matrix: Tensor) -> Tensor:
 
 
 class _MatrixSqrt(torch.autograd.Function):
-    """Principal square root R of a symmetric positive semi-definite matrix."""
+    """Principal square root R of a symmetric positive semi-definite matrix.
+
+    With it come the eigenvalues and eigenvectors of R, without gradient.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors, poison = _eigh(matrix)
-        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT + poison
+        values = values.clamp_min(0).sqrt()
+        return (vectors * values.unsqueeze(-2)) @ vectors.mT + poison, values, vectors
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> Tensor:
         # R R = S gives dR R + R dR = dS.
-        (root,) = ctx.saved_tensors
-        result: Tensor = _Lyapunov.apply(root, (grad + grad.mT) / 2)
-        return result
+        root, values, vectors = ctx.saved_tensors
+        grad = (grad + grad.mT) / 2
+        if torch.is_grad_enabled():
+            result: Tensor = _Lyapunov.apply(root, grad)
+            return result
+        return _solve_lyapunov(values, vectors, grad)
 
 
 class _Lyapunov(torch.autograd.Function):
@@ -210,14 +274,7 @@ class _Lyapunov(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         values, vectors, poison = _eigh(a)
-        values = values.clamp_min(0)
-        sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-        # An eigenvalue of S that is 0 up to rounding, eps |S|, has a root of sqrt(eps |S|).
-        floor = values.amax(-1)[..., None, None] * torch.finfo(a.dtype).eps ** 0.5
-        vanishing = sums <= floor
-        ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
-        ratio = torch.where(vanishing, sums.new_zeros(()), ratio)
-        return vectors @ ratio @ vectors.mT + poison
+        return _solve_lyapunov(values.clamp_min(0), vectors, b) + poison
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -231,27 +288,59 @@ class _Lyapunov(torch.autograd.Function):
         return -(grad_b @ x.mT + x.mT @ grad_b), grad_b
 
 
+def _solve_lyapunov(values: Tensor, vectors: Tensor, b: Tensor) -> Tensor:
+    sums = values.unsqueeze(-1) + values.unsqueeze(-2)
+    # An eigenvalue of S that is 0 up to rounding, eps |S|, has a root of sqrt(eps |S|).
+    floor = values.amax(-1)[..., None, None] * torch.finfo(values.dtype).eps ** 0.5
+    vanishing = sums <= floor
+    ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
+    ratio = torch.where(vanishing, sums.new_zeros(()), ratio)
+    return vectors @ ratio @ vectors.mT
+
+
 class _NuclearNorm(torch.autograd.Function):
-    """Sum of the singular values of a square matrix; its gradient is the polar factor."""
+    """Sums of the singular values of square matrices; the gradient of each is its polar factor.
+
+    The second result, the polar factors, is for the backward pass alone.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
-        matrix, poison = _poison(matrix)
-        norm: Tensor = torch.linalg.svdvals(matrix).sum(-1) + poison[..., 0, 0]
-        return norm
+    def forward(
+        product: Tensor,
+        values_i: Tensor,
+        vectors_i: Tensor,
+        values_j: Tensor,
+        vectors_j: Tensor,
+        rounding: float,
+        needed: bool,
+    ) -> tuple[Tensor, Tensor]:
+        product, poison = _poison(product)
+        batch = product.shape[:-4]
+        norms, factors = polar_product(
+            *(
+                part.reshape(batch.numel(), *part.shape[len(batch) :])
+                for part in (product, values_i, vectors_i, values_j, vectors_j)
+            ),
+            rounding,
+            needed,
+        )
+        norms = norms.reshape(product.shape[:-2]) + poison[..., 0, 0]
+        return norms, factors.reshape(product.shape) + poison if needed else factors
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.known = inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (matrix,) = ctx.saved_tensors
-        factor: Tensor = _PolarFactor.apply(matrix)
-        result: Tensor = grad[..., None, None] * factor
-        return result
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        matrix, factor = ctx.saved_tensors
+        if torch.is_grad_enabled() or not ctx.known:
+            factor = _PolarFactor.apply(matrix)
+        return grad[..., None, None] * factor, None, None, None, None, None, None
 
 
 class _PolarFactor(torch.autograd.Function):

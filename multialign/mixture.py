@@ -823,7 +823,10 @@ def _em_step(
             covariances, dead = covariances.mean(-1), dead.squeeze(-1)
     else:
         deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
-        scatter = (responsibilities.mT.unsqueeze(-1) * deviation).mT @ deviation
+        shares = responsibilities
+        if covariance_type == "full":
+            shares = shares / safe.unsqueeze(-2)
+        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
         if covariance_type == "tied":
             scatter = scatter.sum(-3)
         (scatter,) = ranks.sum([scatter])
@@ -831,7 +834,7 @@ def _em_step(
         if covariance_type == "tied":
             covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
         else:
-            covariances = scatter / safe[..., None, None] + floor.unsqueeze(-1) * diagonal
+            covariances = scatter + floor.unsqueeze(-1) * diagonal
             dead = dead[..., None, None]
     covariances = torch.where(dead, state.covariances, covariances)
     return Parameters(weights, means, covariances), likelihood.detach()
@@ -937,17 +940,52 @@ def _log_joint(x: Tensor, state: Parameters, covariance_type: CovarianceType) ->
         deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
         distance = (deviation / covariances.sqrt().unsqueeze(-3)).square().sum(-1)
         log_det = covariances.log().sum(-1).unsqueeze(-2)
-    else:
+    elif covariance_type == "tied":
         whitening, log_det = _whiten(covariances)
-        if covariance_type == "tied":
-            distance = squared_euclidean_cost(x @ whitening.mT, means @ whitening.mT)
-            log_det = log_det[..., None, None]
-        else:
-            deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
-            distance = (deviation @ whitening.mT).square().sum(-1).mT
-            log_det = log_det.unsqueeze(-2)
+        distance = squared_euclidean_cost(x @ whitening.mT, means @ whitening.mT)
+        log_det = log_det[..., None, None]
+    else:
+        distance, log_det, _ = _FullDistance.apply(x, means, covariances)
+        log_det = log_det.unsqueeze(-2)
     log_density = -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
     return log(weights).unsqueeze(-2) + log_density
+
+
+class _FullDistance(torch.autograd.Function):
+    """(x_n - mu_k)^T S_k^-1 (x_n - mu_k), log det S_k, and W_k^T W_k = S_k^-1's factors W_k.
+
+    With z = S^-1 (x - mu), the derivatives by S are -z z^T and S^-1: no factorisation is
+    differentiated. The factors have no gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whitening, log_det = _whiten(covariances)
+        deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
+        distance = (deviation @ whitening.mT).square().sum(-1).mT
+        return distance, log_det, whitening
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs, output[2])
+
+    @staticmethod
+    def backward(ctx: Any, by_distance: Tensor, by_log_det: Tensor, *unused: Any) -> Any:
+        x, means, covariances, whitening = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            whitening, _ = _whiten(covariances)
+        # In float64: S^-1 may leave the range of float32 before it is multiplied by what is small.
+        whitening = whitening.double()
+        deviation = (x.unsqueeze(-3) - means.unsqueeze(-2)).double()
+        solved = deviation @ whitening.mT @ whitening
+        weighted = by_distance.double().mT.unsqueeze(-1) * solved
+        inverse = whitening.mT @ whitening
+        by_covariances = by_log_det.double()[..., None, None] * inverse - weighted.mT @ solved
+        grads = 2 * weighted.sum(-3), -2 * weighted.sum(-2), by_covariances
+        return tuple(grad.to(x.dtype) for grad in grads)
 
 
 def _whiten(covariances: Tensor) -> tuple[Tensor, Tensor]:

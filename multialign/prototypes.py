@@ -21,7 +21,7 @@ from multialign._validation import (
     full_precision,
     take_rows,
 )
-from multialign.costs import bures_wasserstein_cost
+from multialign.costs import bures_wasserstein_cost, pairwise_bures_cost
 from multialign.mixture import (
     CovarianceType,
     Differentiate,
@@ -646,9 +646,11 @@ def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     pairs = list(combinations(range(len(fit.parameters)), 2))
     costs: dict[tuple[int, int], Tensor] = {}
     for group in _alike(pairs, fit.parameters):
-        tables = bures_wasserstein_cost(
-            *(field for side in (0, 1) for field in _gaussians(group, side, fit, options))
-        )
+        if _same_number(fit.parameters):
+            tables = pairwise_bures_cost(*_gaussians(fit.parameters, options), pairs)
+        else:
+            i, j = (_gaussians([fit.parameters[m]], options) for m in group[0])
+            tables = bures_wasserstein_cost(*i, *j)
         if options.cost_reduction == "mean":
             tables = tables / fit.samples.features[0].shape[-1]
         costs |= zip(group, tables.unbind(0), strict=True)
@@ -669,11 +671,8 @@ def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     )
 
 
-def _gaussians(
-    group: Sequence[tuple[int, int]], side: int, fit: _Fit, options: _Options
-) -> tuple[Tensor, Tensor]:
-    """Return means and covariances of one side of each pair, stacked."""
-    parts = [fit.parameters[pair[side]] for pair in group]
+def _gaussians(parts: Sequence[Parameters], options: _Options) -> tuple[Tensor, Tensor]:
+    """Return means and covariances of some modalities, stacked."""
     stacked = Parameters(*(torch.stack(field) for field in zip(*parts, strict=True)))
     return stacked.means, component_covariances(stacked, options.covariance_type)
 
@@ -682,9 +681,12 @@ def _alike(
     pairs: list[tuple[int, int]], parameters: Sequence[Parameters]
 ) -> list[list[tuple[int, int]]]:
     """Group the pairs by what can be computed in one call: all, if all have the same K."""
-    if len({weights.shape[-1] for weights, _, _ in parameters}) == 1:
-        return [pairs]
-    return [[pair] for pair in pairs]
+    return [pairs] if _same_number(parameters) else [[pair] for pair in pairs]
+
+
+def _same_number(parameters: Sequence[Parameters]) -> bool:
+    """Return whether all modalities have the same K."""
+    return len({weights.shape[-1] for weights, _, _ in parameters}) == 1
 
 
 def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:

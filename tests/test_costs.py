@@ -6,7 +6,8 @@ from scipy.spatial.distance import cdist
 from torch.autograd import gradcheck, gradgradcheck
 
 from multialign import bures_wasserstein_cost, squared_euclidean_cost
-from multialign.costs import _DIRECT_ENTRIES
+from multialign.costs import _DIRECT_ENTRIES, pairwise_bures_cost
+from multialign.ops import polar
 from tests import reference
 
 
@@ -169,6 +170,47 @@ def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
     torch.testing.assert_close(cost, cost.mT, rtol=1e-5, atol=1e-5)
     diagonal = covariances.diagonal(dim1=-2, dim2=-1)
     assert (bures_wasserstein_cost(means, diagonal, means, diagonal).diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("floor", [0.0, 1e-6, 1e-2])
+def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypatch):
+    """A space of 3 + 4 dimensions stands for all 30, values and both gradients."""
+    means = [torch.randn(2, count, 30, dtype=dtype) for count in (2, 3)]
+    factors = [torch.randn(2, k, 30, r).requires_grad_() for k, r in ((2, 3), (3, 4))]
+
+    def cost():
+        i, j = ((a @ a.mT + floor * torch.eye(30)).to(dtype) for a in factors)
+        value = bures_wasserstein_cost(means[0], i, means[1], j)
+        weights = torch.arange(value.numel()).view_as(value)
+        return value.detach(), *torch.autograd.grad((weights * value).sum(), factors)
+
+    sizes = []
+    decompose = polar._polar
+
+    def record(matrix, *args):
+        sizes.append(matrix.shape[-1])
+        return decompose(matrix, *args)
+
+    monkeypatch.setattr(polar, "_polar", record)
+    few = cost()
+    monkeypatch.setattr(polar, "_LARGEST_SHARE", -1.0)
+    whole = cost()
+    assert sizes == [7, 30]
+    # Without a floor, eigenvalues that are 0 up to rounding have roots of the root of that.
+    tolerance = (4 if floor == 0 else 1) * torch.finfo(dtype).eps ** 0.5
+    for a, b in zip(few, whole, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_pairwise_costs_are_those_of_each_pair():
+    means, pairs = torch.randn(3, 2, 4, 5), [(0, 2), (1, 2)]
+    full = random_covariances(3, 2, 4, 5)
+    for covariances in (full, full.diagonal(dim1=-2, dim2=-1)):
+        costs = pairwise_bures_cost(means, covariances, pairs)
+        for cost, (i, j) in zip(costs, pairs, strict=True):
+            expected = bures_wasserstein_cost(means[i], covariances[i], means[j], covariances[j])
+            torch.testing.assert_close(cost, expected)
 
 
 def test_non_finite_covariance_gives_non_finite_cost():

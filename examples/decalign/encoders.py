@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.decalign.dropout import Dropout
+
 __all__ = ["Distribution", "DistributionEncoder", "Encoder", "TemporalConv", "masked_mean"]
 
 
@@ -29,7 +31,7 @@ class TemporalConv(nn.Module):
     ) -> None:
         super().__init__()
         self.length = length
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv = nn.Conv1d(dim, width, kernel_size, padding="same")
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +56,7 @@ class Encoder(nn.Sequential):
         super().__init__(
             nn.Linear(width, 2 * width),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(2 * width, width),
             nn.LayerNorm(width),
         )

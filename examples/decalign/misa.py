@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from examples.decalign.dropout import Dropout
 from examples.decalign.encoders import Encoder
 from examples.decalign.network import (
     Network,
@@ -56,7 +57,7 @@ class MISA(nn.Module):
         tokens = 2 * len(modalities)
         self.fusion = make_transformer(network, modalities, next(iter(modalities)), length=tokens)
         self.head = nn.Sequential(
-            nn.Dropout(network.output_dropout), nn.Linear(tokens * width, num_outputs)
+            Dropout(network.output_dropout), nn.Linear(tokens * width, num_outputs)
         )
 
     def forward(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from examples.decalign.dropout import Dropout
 from examples.decalign.encoders import DistributionEncoder, Encoder
 from examples.decalign.network import (
     Network,
@@ -63,7 +64,7 @@ class DecAlign(nn.Module):
             else None
         )
         self.head = nn.Sequential(
-            nn.Dropout(network.output_dropout),
+            Dropout(network.output_dropout),
             nn.Linear(2 * len(modalities) * width, num_outputs),
         )
 

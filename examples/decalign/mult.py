@@ -8,6 +8,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from examples.decalign.dropout import Dropout
 from examples.decalign.encoders import masked_mean
 from examples.decalign.network import (
     Network,
@@ -61,7 +62,7 @@ class MulT(nn.Module):
         self.residual = nn.Sequential(
             nn.Linear(width, width),
             nn.ReLU(),
-            nn.Dropout(network.output_dropout),
+            Dropout(network.output_dropout),
             nn.Linear(width, width),
         )
         self.head = nn.Linear(width, num_outputs)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, group
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
@@ -154,13 +155,24 @@ class MultimodalTask(lightning.LightningModule):
         """Return the logits of a batch and the features behind them."""
         return self(batch)
 
+    @property
+    def _scales(self) -> bool:
+        """Whether Lightning scales gradients; it does not clip those of a fused optimiser then."""
+        trainer = self._trainer
+        return trainer is not None and isinstance(trainer.precision_plugin, MixedPrecision)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam and the schedule."""
         groups = [{"params": list(self.network.parameters())}]
         if self.text_encoder is not None and not self.text_encoder.frozen:
             rate = self.text.learning_rate or self.learning_rate
             groups.append({"params": list(self.text_encoder.parameters()), "lr": rate})
-        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.Adam(
+            groups,
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=not self._scales,
+        )
         chosen: dict[str, Any] = {"optimizer": optimizer}
         if self.schedule == "onecycle":
             scheduler = OneCycleLR(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from examples.decalign.attention import Attention
+from examples.decalign.dropout import Dropout
 from examples.decalign.encoders import masked_mean
 
 __all__ = ["ModalityTransformer"]
@@ -41,7 +43,7 @@ class ModalityTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.randn(length, width) / width**0.5)
-        self.dropout = nn.Dropout(embedding_dropout)
+        self.dropout = Dropout(embedding_dropout)
         self.blocks = nn.ModuleList(
             _Block(width, heads, attention_dropout, relu_dropout, residual_dropout)
             for _ in range(layers)
@@ -96,22 +98,17 @@ class _Block(nn.Module):
         super().__init__()
         self.query_norm = nn.LayerNorm(width)
         self.key_norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(
-            width, heads, dropout=attention_dropout, batch_first=True
-        )
+        self.attention = Attention(width, heads, attention_dropout)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, 2 * width),
             nn.ReLU(),
-            nn.Dropout(relu_dropout),
+            Dropout(relu_dropout),
             nn.Linear(2 * width, width),
         )
-        self.dropout = nn.Dropout(residual_dropout)
+        self.dropout = Dropout(residual_dropout)
 
     def forward(self, x: Tensor, context: Tensor | None, blocked: Tensor) -> Tensor:
         keys = self.key_norm(x if context is None else context)
-        attended, _ = self.attention(
-            self.query_norm(x), keys, keys, key_padding_mask=blocked, need_weights=False
-        )
-        x = x + self.dropout(attended)
+        x = x + self.dropout(self.attention(self.query_norm(x), keys, blocked))
         return x + self.dropout(self.feed_forward(x))

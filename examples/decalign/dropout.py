@@ -1,0 +1,45 @@
+"""Dropout that draws few random numbers.
+
+A CPU draws one number after the other: with one for each entry, dropout is a third of a training
+step. Here one draw of 64 bits serves four entries, hence probabilities are multiples of 2^-16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Dropout", "draw_bits", "keep_factors"]
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`; on a CPU, with few draws."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with entries set to zero, and the rest scaled, in training."""
+        if x.device.type != "cpu":
+            return functional.dropout(x, self.p, self.training)
+        if not self.training or self.p == 0:
+            return x
+        return x * keep_factors(draw_bits(x.shape), self.p, x.dtype)
+
+
+def draw_bits(shape: Sequence[int]) -> Tensor:
+    """Return integers of 16 random bits."""
+    count = math.prod(shape)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    return draws.view(torch.int16)[:count].view(shape)
+
+
+def keep_factors(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Return what to multiply by: 0 with probability p, else such that the mean is 1."""
+    dropped = round(p * 2**16)
+    if dropped == 2**16:
+        return torch.zeros(bits.shape, dtype=dtype)
+    # Written as numbers at once: booleans, converted later, would take longer than the draws.
+    factors = torch.ge(bits, dropped - 2**15, out=torch.empty(bits.shape, dtype=dtype))
+    return factors.div_(1 - dropped / 2**16)
