@@ -64,11 +64,8 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-ben
 	$(PY) -m benchmarks.distribution_matching
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
-<<<<<<< HEAD
 	$(PY) -m benchmarks.hostile
-=======
 	$(PY) -m benchmarks.decalign_step
->>>>>>> step
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
 # hand, and pytest.

@@ -8,12 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
-=======
-from multialign._validation import check_alike, check_tensor, full_precision, lift
 from multialign.ops import polar_product
->>>>>>> step
 
 __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
