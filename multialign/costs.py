@@ -202,8 +202,9 @@ class _Lyapunov(torch.autograd.Function):
         values, vectors, poison = _eigh(a)
         values = values.clamp_min(0)
         sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-        # An eigenvalue of S that is 0 up to rounding, eps |S|, has a root of sqrt(eps |S|).
-        floor = values.amax(-1)[..., None, None] * torch.finfo(a.dtype).eps ** 0.5
+        # An eigenvalue of S that is 0 up to rounding, D eps |S|, has a root of sqrt(D eps |S|).
+        rounding = 2 * (a.shape[-1] * torch.finfo(a.dtype).eps) ** 0.5
+        floor = rounding * values.amax(-1)[..., None, None]
         vanishing = sums <= floor
         ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
         ratio = torch.where(vanishing, sums.new_zeros(()), ratio)
