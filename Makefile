@@ -18,13 +18,24 @@ DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test example lint format types docs wheel release-check bench fuzz test-gpu bench-gpu clean
+.PHONY: help test coverage mutants example lint format types docs wheel release-check bench fuzz test-gpu bench-gpu clean
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
 	$(PY) -m pytest $(ARGS)
+
+# What torch.compile traces it does not run line by line, and afterwards coverage sees nothing more.
+coverage: $(VENV)/.installed-test $(VENV)/.installed-triton ## Measure which lines and branches of multialign the tests run
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -m "not transforms" --ignore-glob="tests/test_decalign*" --ignore=tests/test_examples.py $(ARGS)
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report --show-missing --skip-covered
+
+mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants ## Change the formulas one by one and see which changes the tests miss (an hour)
+	$(VENV)/bin/mutmut run --max-children 1
+	$(VENV)/bin/mutmut results
 
 fuzz: $(VENV)/.installed-test ## Give random hostile problems to every loss, going on from the last run (ARGS="--seconds 600")
 	$(PY) -m tests.fuzz $(ARGS)
@@ -77,7 +88,7 @@ bench-gpu: ## Measure the CUDA kernels on a GPU and write OUT/gpu.csv, with PYTH
 
 clean: ## Remove everything the verbs made, except runs/
 	rm -rf $(VENV) build dist docs/_build docs/_generated docs/api/generated docs/gallery .hypothesis
-	rm -rf .pytest_cache .mypy_cache .ruff_cache lightning_logs
+	rm -rf mutants .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for everything, one stamp for each set of extras of pyproject.toml in it. Torch

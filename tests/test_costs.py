@@ -236,3 +236,30 @@ def test_errors():
         match="covariances_j must have shape \\(2, 3\\) \\(diagonals\\) or \\(2, 3, 3\\)",
     ):
         bures_wasserstein_cost(x, x, x, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("entry", [(0, 0), (1, 1), (2, 2)])
+def test_a_non_finite_covariance_on_either_side_spares_the_others(entry):
+    means, covariances = torch.randn(3, 3), random_covariances(3, 3)
+    covariances[1][entry] = torch.nan
+    cost = bures_wasserstein_cost(means, covariances, means, covariances)
+    assert cost[1].isnan().all()
+    assert cost[:, 1].isnan().all()
+    assert cost[::2, ::2].isfinite().all()
+
+
+def test_bures_gradients_do_not_depend_on_the_others_of_a_batch():
+    small = (1e-12 * random_covariances(1, 3)).requires_grad_()
+    other, mean = 1e-12 * random_covariances(1, 3), torch.zeros(1, 3)
+    (alone,) = torch.autograd.grad(bures_wasserstein_cost(mean, small, mean, other), small)
+    both = torch.cat([small, random_covariances(1, 3)])
+    cost = bures_wasserstein_cost(mean.expand(2, 3), both, mean, other)[0, 0]
+    torch.testing.assert_close(torch.autograd.grad(cost, small)[0], alone, rtol=1e-6, atol=0)
+
+
+def test_bures_gradient_leaves_out_what_is_zero_up_to_rounding():
+    vector = torch.randn(5)
+    left = torch.outer(vector, vector)[None].requires_grad_()
+    right, mean = random_covariances(1, 5), torch.zeros(1, 5)
+    (grad,) = torch.autograd.grad(bures_wasserstein_cost(mean, left, mean, right), left)
+    assert grad.norm() < 100

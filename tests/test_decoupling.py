@@ -97,3 +97,30 @@ def test_errors():
         cosine_decoupling_loss([x], [x.float()])
     with pytest.raises(TypeError, match=r"unique\[0\] must be floating point; got torch.int64"):
         cosine_decoupling_loss([x.long()], [x])
+
+
+def test_sums_are_weighted():
+    shapes = [(6, 3), (6, 4)]
+    unique, common, weights = make(shapes), make(shapes), [torch.rand(6), torch.rand(6)]
+    expected = sum(
+        w * torch.nn.functional.cosine_similarity(u, v) ** 2
+        for u, v, w in zip(unique, common, weights, strict=True)
+    )
+    each = cosine_decoupling_loss(unique, common, weights, reduction="none")
+    torch.testing.assert_close(each, expected)
+    total = cosine_decoupling_loss(unique, common, weights, reduction="sum")
+    torch.testing.assert_close(total, expected.sum())
+
+
+def test_errors_name_the_argument():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="^reduction must be one of"):
+        cosine_decoupling_loss([x], [x], reduction="max")
+    with pytest.raises(TypeError, match=r"^common\[0\] must be floating point"):
+        cosine_decoupling_loss([x], [x.long()])
+    with pytest.raises(ValueError, match=r"^unique\[0\] must .*\(N, \.\.\.\)"):
+        cosine_decoupling_loss([x[0, 0]], [x])
+    with pytest.raises(ValueError, match=r"^common\[0\] must .*\(N, \.\.\.\)"):
+        cosine_decoupling_loss([x], [x[0, 0]])
+    with pytest.raises(ValueError, match="unique"):
+        cosine_decoupling_loss([x[:, :0]], [x[:, :0]])

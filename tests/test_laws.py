@@ -13,6 +13,9 @@ from multialign import (
     MMDLoss,
     MultiMarginalSinkhornLoss,
     PrototypeAlignmentLoss,
+    cosine_decoupling_loss,
+    gaussian_moment_loss,
+    mmd_loss,
 )
 
 
@@ -23,11 +26,15 @@ class Decoupling(CosineDecouplingLoss):
         return super().forward(features, [2 * f.flip(-1) + 1 for f in features], weights)
 
 
-def prototypes(**options):
-    """Prototypes whose seeds are drawn alike in every call."""
-    module = PrototypeAlignmentLoss(2, em_iterations=15, tolerance=1e-10, **options)
+def seeded(module):
+    """Let a module draw the same numbers in every call."""
     module.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
     return module
+
+
+def prototypes(**options):
+    """Prototypes whose seeds are drawn alike in every call."""
+    return seeded(PrototypeAlignmentLoss(2, em_iterations=15, tolerance=1e-10, **options))
 
 
 LOSSES = {
@@ -36,6 +43,9 @@ LOSSES = {
     "mmd": MMDLoss(bandwidth=[0.5, 2.0]),
     "mmd median": MMDLoss(bandwidth="median"),
     "mmd unbiased": MMDLoss(estimator="unbiased"),
+    "mmd random features": seeded(
+        MMDLoss(bandwidth=[0.5, 2.0], estimator="random_features", num_features=16)
+    ),
     "sinkhorn": MultiMarginalSinkhornLoss(tolerance=1e-10),
     "sinkhorn chain": MultiMarginalSinkhornLoss(tolerance=1e-10, graph="chain", epsilon=1.0),
     "prototypes": prototypes(),
@@ -212,3 +222,41 @@ def test_modules_pickle_and_print(module):
     torch.testing.assert_close(copied(*inputs), expected)
     assert repr(module).startswith(type(module).__name__ + "(")
     assert repr(copied) == repr(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (CosineDecouplingLoss, cosine_decoupling_loss, {"form": "absolute", "reduction": "none"}),
+        (
+            GaussianMomentLoss,
+            gaussian_moment_loss,
+            {"moments": ("skewness",), "feature_reduction": "mean", "eps": 0.5},
+        ),
+        (MMDLoss, mmd_loss, {"bandwidth": (0.7, 3.0), "estimator": "unbiased"}),
+        (
+            MMDLoss,
+            mmd_loss,
+            {"bandwidth": 2.0, "estimator": "random_features", "num_features": 7},
+        ),
+    ],
+)
+def test_a_module_is_its_function_with_options(module, function, options):
+    inputs = [make([5, 5], seed) for seed in (6, 7)][: 1 + (module is CosineDecouplingLoss)]
+    weights = [torch.rand(5), None]
+    for given in ({}, options):
+        drawn = {}
+        if given.get("estimator") == "random_features":
+            drawn = {"generator": torch.Generator().manual_seed(1)}
+        expected = function(*inputs, weights, **given, **drawn)
+        if drawn:
+            drawn = {"generator": torch.Generator().manual_seed(1)}
+        loss = module(**given, **drawn)
+        assert torch.equal(loss(*inputs, weights), expected)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in repr(loss)
+        wrong = {**options, name: "wrong"}
+        with pytest.raises((TypeError, ValueError), match=name):
+            module(**wrong)
+    if options.get("estimator") == "unbiased":
+        assert repr(loss) == "MMDLoss(bandwidth=(0.7, 3.0), estimator='unbiased')"

@@ -198,3 +198,42 @@ def test_errors():
         MMDLoss(estimator="exact")
     with pytest.raises(ValueError, match="num_features must be an integer >= 1; got 0"):
         MMDLoss(num_features=0)
+
+
+def test_median_of_two_samples_is_their_distance():
+    x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]])
+    expected = mmd_loss([x, y], bandwidth=5.0)
+    torch.testing.assert_close(mmd_loss([x, y], bandwidth="median"), expected)
+    padded = [torch.cat([x, x + 1]), torch.cat([y - 1, y])]
+    weights = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    torch.testing.assert_close(mmd_loss(padded, weights, bandwidth="median"), expected)
+
+
+def test_median_counts_the_pairs_of_equal_samples():
+    # Distances 0, 0, 0 and 5, 5, 5.
+    x, y = torch.zeros(2, 1), torch.tensor([[0.0], [5.0]])
+    torch.testing.assert_close(
+        mmd_loss([x, y], bandwidth="median"), mmd_loss([x, y], bandwidth=2.5)
+    )
+
+
+def test_median_has_the_scale_of_each_problem():
+    x, y = torch.randn(2, 6, 3), torch.randn(2, 5, 3) + 1
+    expected = mmd_loss([x, y], bandwidth="median")
+    scale = torch.tensor([1e-12, 1e12])[:, None, None]
+    torch.testing.assert_close(mmd_loss([x * scale, y * scale], bandwidth="median"), expected)
+
+
+def test_a_single_sample_has_a_bandwidth_too():
+    features = [torch.zeros(2, 3, 0, 2), torch.zeros(2, 3, 1, 2)]
+    assert mmd_loss(features, bandwidth="median") == 0
+
+
+def test_random_features_are_measured_near_the_data():
+    x, y = torch.randn(30, 3).float(), torch.randn(30, 3).float() + 1
+    options = {"estimator": "random_features", "num_features": 50}
+    near, far = (
+        mmd_loss([x + o, y + o], generator=torch.Generator().manual_seed(0), **options)
+        for o in (0.0, 2.0**12)
+    )
+    torch.testing.assert_close(near, far, rtol=1e-2, atol=0)

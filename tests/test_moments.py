@@ -104,3 +104,22 @@ def test_errors():
         gaussian_moment_loss([x, x], feature_reduction="max")
     with pytest.raises(ValueError, match="eps must be a finite number >= 0; got -1"):
         gaussian_moment_loss([x, x], eps=-1)
+
+
+def test_zero_to_the_last_digit_at_equality():
+    x = torch.randn(9, 4) + 1e3
+    assert gaussian_moment_loss([x, x.clone(), x.clone()]) == 0
+
+
+def test_mean_over_features_of_each_problem():
+    features = [torch.randn(2, n, 3) for n in (4, 5)]
+    options = {"feature_reduction": "mean"}
+    singles = [gaussian_moment_loss([x[b] for x in features], **options) for b in range(2)]
+    torch.testing.assert_close(
+        gaussian_moment_loss(features, **options), torch.stack(singles).mean()
+    )
+
+
+def test_no_moments_is_an_error():
+    with pytest.raises(ValueError, match="moments must be a non-empty sequence"):
+        GaussianMomentLoss(moments=())
