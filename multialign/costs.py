@@ -270,19 +270,7 @@ class _Lyapunov(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         values, vectors, poison = _eigh(a)
-<<<<<<< HEAD
         return _solve_lyapunov(values.clamp_min(0), vectors, b) + poison
-=======
-        values = values.clamp_min(0)
-        sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-        # An eigenvalue of S that is 0 up to rounding, D eps |S|, has a root of sqrt(D eps |S|).
-        rounding = 2 * (a.shape[-1] * torch.finfo(a.dtype).eps) ** 0.5
-        floor = rounding * values.amax(-1)[..., None, None]
-        vanishing = sums <= floor
-        ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
-        ratio = torch.where(vanishing, sums.new_zeros(()), ratio)
-        return vectors @ ratio @ vectors.mT + poison
->>>>>>> training
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -298,8 +286,9 @@ class _Lyapunov(torch.autograd.Function):
 
 def _solve_lyapunov(values: Tensor, vectors: Tensor, b: Tensor) -> Tensor:
     sums = values.unsqueeze(-1) + values.unsqueeze(-2)
-    # An eigenvalue of S that is 0 up to rounding, eps |S|, has a root of sqrt(eps |S|).
-    floor = values.amax(-1)[..., None, None] * torch.finfo(values.dtype).eps ** 0.5
+    # An eigenvalue of S that is 0 up to rounding, D eps |S|, has a root of sqrt(D eps |S|).
+    rounding = 2 * (values.shape[-1] * torch.finfo(values.dtype).eps) ** 0.5
+    floor = rounding * values.amax(-1)[..., None, None]
     vanishing = sums <= floor
     ratio = vectors.mT @ b @ vectors / torch.where(vanishing, sums.new_ones(()), sums)
     ratio = torch.where(vanishing, sums.new_zeros(()), ratio)

@@ -1,4 +1,4 @@
-"""Every loss in a training loop: a bad batch is skipped, and the same seed gives the same result."""
+"""Every loss in a training loop: a bad batch is skipped, one seed gives one result."""
 
 import json
 import os
