@@ -178,3 +178,12 @@ def test_non_finite_input_ends_at_once_and_shows():
     solution = multi_marginal_sinkhorn(costs, marginals, 1.0)
     assert solution.value.isnan()
     assert solution.iterations < 5
+
+
+def test_three_costs_of_other_graphs_are_no_triangle(monkeypatch):
+    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
+    monkeypatch.setattr(plans, "_TRIANGLE_ENTRIES", 0)
+    cost, nu = torch.rand(4, 4), torch.ones(4)
+    for edges in ([(0, 1), (0, 2), (0, 3)], EDGES):
+        found = make_problem(dict.fromkeys(edges, cost), [nu] * 4, 1.0)
+        assert not isinstance(plans.make_plan(found, torch.float64), plans._Triangle)

@@ -89,8 +89,9 @@ def make_plan(problem: Problem, dtype: torch.dtype, backend: Worker = "torch") -
         return _Vector(problem)
     if entries < _LARGE_ENTRIES:
         dtype = torch.float64
-    alike = len(problem.costs) == 3 and len(set(problem.sizes)) == 1
-    if backend == "torch" and alike and entries >= _TRIANGLE_ENTRIES:
+    alike = len(problem.sizes) == 3 and len(set(problem.sizes)) == 1
+    triangle = alike and set(problem.costs) == set(_TRIANGLE)
+    if triangle and backend == "torch" and entries >= _TRIANGLE_ENTRIES:
         return _Triangle(problem, dtype)
     return _in_logarithms(problem, dtype, backend)
 
