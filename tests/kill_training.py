@@ -1,7 +1,7 @@
 """Kill a training of the reference model at random moments, and look at what it left.
 
-``python -m tests.kill_training 20`` kills it 20 times. After each time there is either no checkpoint
-yet or one that loads and goes on; every other file of the run's folder is whole or absent; and the
+``python -m tests.kill_training 20`` kills it 20 times. After each there is either no checkpoint yet
+or one that loads and goes on; every other file of the run's folder is whole or absent; and the
 run that is left alone at last ends with the bits of one that was never killed.
 """
 
@@ -134,8 +134,8 @@ def main(args=None):
         compare(whole, killed)
         print(
             f"{kills} kills: {sum(e == 0 for _, e in found)} before the first checkpoint, "
-            f"{sum(e > 0 for _, e in found)} with one that loads; {finished + 1} killed runs went on "
-            "and ended with the bits of one that was not killed"
+            f"{sum(e > 0 for _, e in found)} with one that loads; {finished + 1} killed runs "
+            "went on and ended with the bits of one that was not killed"
         )
 
 

@@ -18,8 +18,14 @@ from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
 from examples.decalign.__main__ import main
-from examples.decalign.data import MOSI, RefusedPickleError, SchemaError, convert, make_sample
-from examples.decalign.data import reader
+from examples.decalign.data import (
+    MOSI,
+    RefusedPickleError,
+    SchemaError,
+    convert,
+    make_sample,
+    reader,
+)
 from examples.decalign.data.reader import read_dataset, read_pickle
 from examples.decalign.extract import read_vision, read_wave
 from examples.decalign.runs import Run
@@ -83,7 +89,7 @@ def test_a_damaged_pickle_gives_data_or_is_named(tmp_path):
             read_pickle(bad)
             outcomes["read"] += 1
         except pickle.UnpicklingError as error:
-            assert str(bad) in str(error)
+            assert str(bad) in str(error)  # noqa: PT017 (it may also be read)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 50, outcomes
     assert set(sys.modules) == before
@@ -222,7 +228,9 @@ def programs(target):
         + stack_global("builtins", "eval")
         + text(f"__import__('os').mkdir('{target}')")
         + b"\x85R.",
-        "Python 2": b"c__builtin__\neval\n(V__import__('os').mkdir('" + target.encode() + b"')\ntR.",
+        "Python 2": b"c__builtin__\neval\n(V__import__('os').mkdir('"
+        + target.encode()
+        + b"')\ntR.",
         "dotted": b"\x80\x04" + stack_global("numpy", "os.mkdir") + text(target) + b"\x85R.",
         "a module's own": b"\x80\x04"
         + stack_global("examples.decalign.data.reader", "pickle.loads")
@@ -267,10 +275,13 @@ def test_extension_codes_are_refused_even_where_known(witness, tmp_path):
 def test_what_reads_files_cannot_be_changed_by_one(tmp_path):
     """BUILD sets attributes: of a function, what it does from then on."""
     path = tmp_path / "data.pkl"
-    before = {name: vars(value).copy() for name, value in vars(reader).items() if callable(value)
-              and hasattr(value, "__dict__")}
+    before = {
+        name: vars(value).copy()
+        for name, value in vars(reader).items()
+        if callable(value) and hasattr(value, "__dict__")
+    }
     state = b"N}(" + text("__defaults__") + text("evil") + b"\x85u\x86b."
-    for (module, name) in reader._ALLOWED:
+    for module, name in reader._ALLOWED:
         path.write_bytes(b"\x80\x04" + stack_global(module, name) + state)
         with pytest.raises(pickle.UnpicklingError, match=r"data\.pkl"):
             read_pickle(path)
@@ -376,7 +387,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert not path.exists()
     assert path.read_text() == "one"
     for _ in range(2):  # what is left is written over, and does not pile up
-        with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        with pytest.raises(KeyboardInterrupt), replacing(path) as part:  # noqa: PT012
             part.write_text("half")
             raise KeyboardInterrupt
         assert path.read_text() == "one"

@@ -1,4 +1,4 @@
-"""Every loss in a training loop: a bad batch is skipped, and the same seed gives the same result."""
+"""Every loss in a training loop: a bad batch is skipped, a seed gives one result."""
 
 import json
 import os
@@ -150,9 +150,7 @@ def digest(threads):
         for name, loss in make_losses().items():
             torch.manual_seed(0)
             size = SIZES.get(name, 200)
-            leaves = [
-                (torch.randn(size, 24, dtype=dtype) + m).requires_grad_() for m in range(3)
-            ]
+            leaves = [(torch.randn(size, 24, dtype=dtype) + m).requires_grad_() for m in range(3)]
             value = loss(leaves)
             grads = torch.autograd.grad(value, leaves)
             parts = [value.detach().flatten(), *(g.flatten() for g in grads)]
