@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-
-from examples.decalign import task  # noqa: F401 (it names the classes that its checkpoints hold)
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 40
@@ -81,6 +78,11 @@ def _time(path):
 
 def look(folder):
     """Read every file that a run has left; return the epochs that its checkpoint has seen."""
+    # Here, so that collecting this file needs nothing of the example's.
+    import yaml
+
+    from examples.decalign import task  # noqa: F401 (names the classes that checkpoints hold)
+
     epochs = 0
     for path in folder.rglob("*"):
         if path.name.endswith(".part") or path.is_dir():
