@@ -1,7 +1,7 @@
 """Kill a training of the reference model at random moments, and look at what it left.
 
-``python -m tests.kill_training 20`` kills it 20 times. After each time there is either no checkpoint
-yet or one that loads and goes on; every other file of the run's folder is whole or absent; and the
+``python -m tests.kill_training 20`` kills it 20 times. After each there is either no checkpoint yet
+or one that loads and goes on; every other file of the run's folder is whole or absent; and the
 run that is left alone at last ends with the bits of one that was never killed.
 """
 
@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-
-from examples.decalign import task  # noqa: F401 (it names the classes that its checkpoints hold)
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 40
@@ -81,6 +78,11 @@ def _time(path):
 
 def look(folder):
     """Read every file that a run has left; return the epochs that its checkpoint has seen."""
+    # Here, so that collecting this file needs nothing of the example's.
+    import yaml
+
+    from examples.decalign import task  # noqa: F401 (names the classes that checkpoints hold)
+
     epochs = 0
     for path in folder.rglob("*"):
         if path.name.endswith(".part") or path.is_dir():
@@ -134,8 +136,8 @@ def main(args=None):
         compare(whole, killed)
         print(
             f"{kills} kills: {sum(e == 0 for _, e in found)} before the first checkpoint, "
-            f"{sum(e > 0 for _, e in found)} with one that loads; {finished + 1} killed runs went on "
-            "and ended with the bits of one that was not killed"
+            f"{sum(e > 0 for _, e in found)} with one that loads; {finished + 1} killed runs "
+            "went on and ended with the bits of one that was not killed"
         )
 
 

@@ -244,14 +244,14 @@ def test_modules_pickle_and_print(module):
 def test_a_module_is_its_function_with_options(module, function, options):
     inputs = [make([5, 5], seed) for seed in (6, 7)][: 1 + (module is CosineDecouplingLoss)]
     weights = [torch.rand(5), None]
-    for given in ({}, options):
+    for chosen in ({}, options):
         drawn = {}
-        if given.get("estimator") == "random_features":
+        if chosen.get("estimator") == "random_features":
             drawn = {"generator": torch.Generator().manual_seed(1)}
-        expected = function(*inputs, weights, **given, **drawn)
+        expected = function(*inputs, weights, **chosen, **drawn)
         if drawn:
             drawn = {"generator": torch.Generator().manual_seed(1)}
-        loss = module(**given, **drawn)
+        loss = module(**chosen, **drawn)
         assert torch.equal(loss(*inputs, weights), expected)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(loss)
