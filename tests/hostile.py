@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 
 import torch
 
@@ -49,6 +50,8 @@ class Loss:
     """Whether it needs two samples a modality."""
     size: Callable[[float, int], float] = lambda spread, dim: 1.0
     """Its natural size, from the mean squared distance from the mean and D."""
+    edges: Callable[[int], list[tuple[int, int]]] | None = None
+    """The pairs with a cost, where epsilon is taken from the costs: 1 if they are all 0."""
 
     def __call__(self, problem: Problem) -> torch.Tensor:
         return self.call(problem.features, problem.weights)
@@ -84,8 +87,12 @@ def _square(spread: float, dim: int) -> float:
     return spread
 
 
-def _sinkhorn(spread: float, dim: int) -> float:
-    return spread if spread > 0 else 1.0  # epsilon is 1 then
+def _chain(count: int) -> list[tuple[int, int]]:
+    return [(m, m + 1) for m in range(count - 1)]
+
+
+def _complete(count: int) -> list[tuple[int, int]]:
+    return list(combinations(range(count), 2))
 
 
 LOSSES = {
@@ -140,14 +147,20 @@ LOSSES = {
         compares=False,
     ),
     "sinkhorn": Loss(
-        multi_marginal_sinkhorn_loss, degree=2, nonnegative=True, zero=True, size=_sinkhorn
+        multi_marginal_sinkhorn_loss,
+        degree=2,
+        nonnegative=True,
+        zero=True,
+        size=_square,
+        edges=_complete,
     ),
     "sinkhorn chain": Loss(
         partial(multi_marginal_sinkhorn_loss, graph="chain"),
         degree=2,
         symmetric=False,
         zero=True,
-        size=_sinkhorn,
+        size=_square,
+        edges=_chain,
     ),
     # Sweeps are slow at a small epsilon, and say so: what has to hold is what holds of any state.
     "sinkhorn sweeps": Loss(
@@ -156,7 +169,8 @@ LOSSES = {
         symmetric=False,
         permutes=False,
         pads=False,
-        size=_sinkhorn,
+        size=_square,
+        edges=lambda count: sorted({*_chain(count), (0, count - 1)}),
     ),
     **{
         f"prototypes {kind}": Loss(
@@ -339,17 +353,14 @@ def batch(name: str, recipe: Recipe) -> None:
         for b in range(2)
     ]
     value = loss(problem)
-    size = loss.size(spread(problem), recipe.dim)
+    size = _size(loss, problem, recipe.dim)
     close(value, torch.stack(singles).mean(), 1e-6, _accuracy(name, recipe) * size)
 
 
 def sign(name: str, recipe: Recipe) -> None:
     """Not negative, and 0 where all modalities are equal."""
     loss, problem = LOSSES[name], build(recipe)
-    if recipe.batch and name.startswith("sinkhorn"):
-        recipe = replace(recipe, batch=())  # a problem of diameter 0 has epsilon 1, its own unit
-        problem = build(recipe)
-    size = loss.size(spread(problem.double()), recipe.dim)
+    size = _size(loss, problem.double(), recipe.dim)
     slack = max(_accuracy(name, recipe), 30 * torch.finfo(problem.features[0].dtype).eps) * size
     if loss.nonnegative:
         value = loss(problem)
@@ -358,7 +369,7 @@ def sign(name: str, recipe: Recipe) -> None:
         count = len(problem.features)
         equal = Problem([problem.features[0]] * count, [problem.weights[0]] * count)
         value = loss(equal)
-        size = loss.size(spread(equal.double()), recipe.dim)
+        size = _size(loss, equal.double(), recipe.dim)
         slack = max(_accuracy(name, recipe), 30 * torch.finfo(value.dtype).eps) * size
         representable = size < torch.finfo(value.dtype).max / 1e6
         assert not representable or value.abs() <= slack, f"{value} at equality ({slack:.2g})"
@@ -460,9 +471,23 @@ def _accuracy(name: str, recipe: Recipe) -> float:
 def _same(loss, problem, other, recipe, factor=1.0):
     name = next(key for key, value in LOSSES.items() if value is loss)
     value, changed = loss(problem), loss(other)
-    size = loss.size(spread(problem), recipe.dim)
+    size = _size(loss, problem, recipe.dim)
     close(changed, factor * value, 1e-5, factor * _accuracy(name, recipe) * size)
     return value
+
+
+def _size(loss: Loss, problem: Problem, dim: int) -> float:
+    """Return the natural size of the loss of a problem."""
+    size = loss.size(spread(problem), dim)
+    if loss.edges is None:
+        return size
+    costly = torch.zeros(problem.features[0].shape[:-2], dtype=torch.bool)
+    present = problem.present()
+    for i, j in loss.edges(len(problem.features)):
+        apart = (problem.features[i].unsqueeze(-2) != problem.features[j].unsqueeze(-3)).any(-1)
+        apart = apart & present[i].unsqueeze(-1) & present[j].unsqueeze(-2)
+        costly |= apart.flatten(-2).any(-1)
+    return size if bool(costly.all()) else max(size, 1.0)
 
 
 def _tensors(problem: Problem) -> list[torch.Tensor | None]:
