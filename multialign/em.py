@@ -314,7 +314,7 @@ def _run_back(
             weights[:, before], moments[:, before], floor.unsqueeze(1), spherical
         )
         log_joint = torch.baddbmm(offsets.flatten(1, 2), slopes.flatten(1, 2), features)
-        posteriors = log_joint.reshape(*slopes.shape[:-1], -1).softmax(-2)
+        posteriors = log_joint.reshape(*slopes.shape[:-1], log_joint.shape[-1]).softmax(-2)
         # How a and c vary with E x^2 / -2 and the mean, a first by its own half, then by the other.
         square = 2 * precisions.square()
         mixed = square * means

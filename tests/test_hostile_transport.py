@@ -1,6 +1,7 @@
 """Inputs that break, or have broken, the transport solver. Random ones are in hostile_transport."""
 
 import warnings
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -101,14 +102,34 @@ def test_equal_clouds_without_diameter_have_divergence_0_in_float32():
     assert multi_marginal_sinkhorn_loss([x, x, x]).abs() < 1e-7
 
 
-@pytest.mark.xfail(strict=True, reason="plans: no problem to infer a shape from")
-def test_a_batch_of_no_problems_is_not_refused():
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+@pytest.mark.parametrize("sizes", [(2, 3), (9, 9, 9), (40, 3, 30), (12, 12, 12, 12)])
+def test_no_problems_have_no_solutions(sizes, method):
+    edges = combinations(range(len(sizes)), 2)
+    costs = {(i, j): torch.rand(0, sizes[i], sizes[j], requires_grad=True) for i, j in edges}
+    marginals = [torch.rand(0, n) for n in sizes]
+    solution = multi_marginal_sinkhorn(costs, marginals, 0.5, method=method)
+    assert solution.value.shape == solution.converged.shape == (0,)
+    assert solution.pairwise_marginal(0, 1).shape == (0, *sizes[:2])
+    assert [f.shape for f in solution.potentials] == [(0, n) for n in sizes]
+    gradients = torch.autograd.grad(solution.transport_cost.sum(), list(costs.values()))
+    assert all(grad.shape == cost.shape for grad, cost in zip(gradients, costs.values()))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        multi_marginal_sinkhorn_loss,
+        partial(multi_marginal_sinkhorn_loss, graph="chain"),
+        partial(prototype_alignment_loss, num_prototypes=2),
+        partial(prototype_alignment_loss, num_prototypes=2, covariance_type="full"),
+    ],
+)
+def test_the_mean_over_no_problems_is_nan(loss):
     x = torch.randn(0, 5, 3, requires_grad=True)
-    for loss in (
-        multi_marginal_sinkhorn_loss([x, x]),
-        prototype_alignment_loss([x, x], num_prototypes=2),
-    ):
-        assert loss.isnan()  # the mean of nothing, as everywhere in torch
+    value = loss([x, x])
+    assert value.isnan()  # as everywhere in torch
+    assert torch.autograd.grad(value, x)[0].shape == x.shape
 
 
 @pytest.mark.parametrize("method", ["newton", "sinkhorn"])

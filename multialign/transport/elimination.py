@@ -175,7 +175,7 @@ def _log_marginal(
     rest = _Collected(unaries, pairs, order.steps, backend)
     trailing = [1] * len(keep)
     if order.held is None or order.inner is None:
-        total = rest.constant.reshape(-1, *trailing)
+        total = rest.constant.view(len(rest.constant), *trailing)
         for p, x in rest.unaries.items():
             total = total + x.reshape(len(x), *[-1 if p == v else 1 for v in keep])
         for table in rest.pairs.values():
@@ -187,7 +187,7 @@ def _log_marginal(
         found = found.unflatten(0, part.weights.shape)
         weights = part.weights.reshape(*part.weights.shape, *trailing)
         parts.append(logsumexp(found + weights, 1))
-    return logsumexp(torch.stack(parts), 0) + rest.constant.reshape(-1, *trailing)
+    return logsumexp(torch.stack(parts), 0) + rest.constant.view(len(rest.constant), *trailing)
 
 
 def _beliefs(

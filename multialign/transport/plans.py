@@ -164,7 +164,7 @@ class _Table:
         masks = [torch.where(nu == 0, -math.inf, 0.0) for nu in problem.marginals]
         self._mask = join({(p,): mask for p, mask in enumerate(masks)}, problem.sizes)
         self._scaled = (torch.empty(()), self._cost)
-        self._shape = (-1, *[1] * count)
+        self._shape = (len(problem.epsilon), *[1] * count)
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         log_total, plan = self.divided(potentials, epsilon)
@@ -393,7 +393,7 @@ def _sweep_whole(
     count = len(problem.sizes)
     variables = tuple(range(count))
     _, whole = plan.divided(potentials, epsilon)
-    whole = whole.view(-1, *problem.sizes)
+    whole = whole.view(len(whole), *problem.sizes)
     ratios = []
     for p in variables * times:
         nu = problem.marginals[p]
@@ -402,7 +402,7 @@ def _sweep_whole(
         ratios.append(ratio)
     changes = torch.cat(ratios, -1).log_()
     if not bool(changes.isfinite().all()):
-        exponent = plan.exponent(potentials, epsilon).view(-1, *problem.sizes)
+        exponent = plan.exponent(potentials, epsilon).view(len(whole), *problem.sizes)
         steps = []
         for p in variables * times:
             nu = problem.marginals[p]

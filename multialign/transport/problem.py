@@ -71,7 +71,7 @@ class Problem:
     def pairs(self, epsilon: Tensor) -> dict[Scope, Tensor]:
         """Return -C / epsilon by the variables of each cost table."""
         return {
-            scope: cost / -epsilon.reshape(-1, *[1] * len(scope))
+            scope: cost / -epsilon.reshape(len(epsilon), *[1] * len(scope))
             for scope, cost in self.costs.items()
         }
 
@@ -286,7 +286,7 @@ def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
 def along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
     """Shape `(B, K)` of one variable to broadcast against a table over `scope`."""
     shape = [vector.shape[-1] if v == variable else 1 for v in scope]
-    return vector.reshape(-1, *shape)
+    return vector.reshape(len(vector), *shape)
 
 
 def _centre(
@@ -315,7 +315,7 @@ def _centre(
         share = mean * ((len(means) - 1) / len(means))
         for axis, given in enumerate(means):
             part = given - share
-            shape = [-1 if axis == other else 1 for other in range(len(means))]
+            shape = [part.shape[-1] if axis == other else 1 for other in range(len(means))]
             cost = cost - part.reshape(*part.shape[:2], *shape)
             for scope, one in zip(group, part.unbind(0), strict=True):
                 p = scope[axis]
@@ -331,7 +331,7 @@ def _mean_given(cost: Tensor, weights: Sequence[Tensor], axis: int) -> Tensor:
     """Return the weighted means of tables `(E, B, K, ...)` over all axes but one."""
     cost = cost.movedim(2 + axis, 2)
     for weight in reversed([w for other, w in enumerate(weights) if other != axis]):
-        weight = weight.reshape(*weight.shape[:2], *[1] * (cost.ndim - 4), -1, 1)
+        weight = weight.reshape(*weight.shape[:2], *[1] * (cost.ndim - 4), weight.shape[-1], 1)
         cost = (cost @ weight).squeeze(-1)
     return cost
 

@@ -67,7 +67,7 @@ def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]
     )
     # Not divided by its sum, the plan says by its gradient how the sum changes.
     total = log_total.exp()
-    return [table * total.reshape(-1, *[1] * (table.ndim - 1)) for table in tables]
+    return [table * total.reshape(len(total), *[1] * (table.ndim - 1)) for table in tables]
 
 
 def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class _LogTotal(torch.autograd.Function):
         # Operators have no derivative of their own: second derivatives are not taken.
         with torch.no_grad():
             tables = _marginals(list(factors), edges, scopes)
-        shaped = [grad.reshape(-1, *[1] * (table.ndim - 1)) * table for table in tables[1:]]
+        shaped = [grad.reshape(len(grad), *[1] * (table.ndim - 1)) * table for table in tables[1:]]
         return None, None, *shaped
 
 
@@ -211,7 +211,10 @@ def _marginals_backward(
     found = beliefs(starts, tables, "edges")
     results = [found.marginals[p] for p in range(len(unaries))]
     results += [found.tables[edge] for edge in pairs]
-    return [x.imag / step + grads[0].reshape(-1, *[1] * (x.ndim - 1)) * x.real for x in results]
+    return [
+        x.imag / step + grads[0].reshape(len(grads[0]), *[1] * (x.ndim - 1)) * x.real
+        for x in results
+    ]
 
 
 @torch.library.custom_op(

@@ -159,6 +159,8 @@ def _solve(
     as it is, and torch.func.vmap as one larger batch.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+    if not len(epsilon):
+        return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
     if method == "sinkhorn":
         iterate = sinkhorn(problem, tolerance, max_iterations, backend)
     else:
