@@ -104,7 +104,7 @@ def multi_marginal_sinkhorn_loss(
         tensor(12.)
     """
     _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
-    samples = pad_empty(check_samples(points, weights, name="points"))
+    samples = _check_points(points, weights)
     edges = _edges(graph, len(samples.features))
     dtype = samples.features[0].dtype
     options = (tolerance or default_tolerance(dtype), max_iterations, method, backend)
@@ -198,7 +198,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> TransportSolution:
         """Return the solution of the transport problem between the clouds, without debiasing."""
-        samples = pad_empty(check_samples(points, weights, name="points"))
+        samples = _check_points(points, weights)
         edges = _edges(self.graph, len(samples.features))
         options = (self.tolerance, self.max_iterations, self.method, self.backend)
         with full_precision(samples.features[0]):
@@ -232,6 +232,22 @@ def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
     if len(set(edges)) < len(edges):
         raise ValueError(f"graph must hold each pair once; got {list(graph)}")
     return edges
+
+
+def _check_points(points: object, weights: object) -> Samples:
+    """Return the clouds, with rows of weight 0 at the mean of the others.
+
+    Nothing depends on where these rows are, but the rounding of distances: far from the others they
+    would take digits from them.
+    """
+    samples = pad_empty(check_samples(points, weights, name="points"))
+    if not samples.weighted:
+        return samples
+    features = []
+    for x, mass in zip(samples.features, samples.masses, strict=True):
+        mean = mass.unsqueeze(-2) @ x.detach()
+        features.append(torch.where(mass.unsqueeze(-1) == 0, mean, x))
+    return samples._replace(features=features)
 
 
 def _joint_term(

@@ -97,6 +97,17 @@ def test_plans_of_more_than_16384_entries_have_gradients(edges):
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-7)
 
 
+def test_absent_points_take_no_digits_from_others_far_from_the_origin():
+    x = torch.randn(60, 190) / 1000 + 1000
+    y = x + torch.randn(60, 190) / 1000
+    kept = torch.zeros(60)
+    kept[:2] = 1
+    alone = multi_marginal_sinkhorn_loss([x[:2], y[:2]])
+    torch.testing.assert_close(
+        multi_marginal_sinkhorn_loss([x, y], [kept, kept]), alone, rtol=1e-9, atol=0
+    )
+
+
 def test_equal_clouds_without_diameter_have_divergence_0_in_float32():
     x = torch.ones(56, 8, dtype=torch.float32)
     assert multi_marginal_sinkhorn_loss([x, x, x]).abs() < 1e-7
