@@ -191,24 +191,26 @@ def _moments(
             [s.products(step) for s, step in zip(sums, steps, strict=True)]
         )
     if "skewness" in moments:
-        if "covariance" in moments:
-            variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in result["covariance"]]
-        else:
-            variances = ranks.sum(
-                [s.over(step, torch.square) for s, step in zip(sums, steps, strict=True)]
-            )
+        # In a unit of its own for each feature: of small ones the variance, or 1 / variance in the
+        # gradient, leaves the range of float32.
+        extents = ranks.sum([s.extent() for s in sums])
+        units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
+        squares = [
+            s.over(step, partial(_power, unit=unit, exponent=2))
+            for s, step, unit in zip(sums, steps, units, strict=True)
+        ]
         cubes = []
-        for s, step, variance in zip(sums, steps, variances, strict=True):
+        for s, step, unit, variance in zip(sums, steps, units, ranks.sum(squares), strict=True):
             constant = variance == 0  # where the gradient of sqrt is infinite
-            # Divided before the cube: a third moment may leave the range of float32.
-            scale = 1 / (torch.where(constant, 1.0, variance).sqrt() + eps)
-            cubes.append(s.over(step, partial(_scaled_cube, scale=scale)).squeeze(-2))
+            # Divided before the cube: a third moment may leave the range as well.
+            width = unit * torch.where(constant, 1.0, variance).sqrt() + eps
+            cubes.append(s.over(step, partial(_power, unit=width, exponent=3)).squeeze(-2))
         result["skewness"] = ranks.sum(cubes)
     return result
 
 
-def _scaled_cube(deviation: Tensor, scale: Tensor) -> Tensor:
-    return (deviation * scale).pow(3)
+def _power(deviation: Tensor, unit: Tensor, exponent: int) -> Tensor:
+    return (deviation / unit).pow(exponent)
 
 
 class _Sums:
@@ -229,6 +231,13 @@ class _Sums:
             self.weights = mass.unsqueeze(-1).split(rows, -2)
         self.share = 1.0 if mass is not None else 1 / max(x.shape[-2], 1)
         self.origin = origin
+
+    def extent(self) -> Tensor:
+        """Return the sum of |x - origin| over the rows that are there, `(*batch, 1, D)`."""
+        with torch.no_grad():
+            deviations = self._deviations(torch.zeros_like(self.origin))
+            parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
+            return sum(parts[1:], parts[0])
 
     def over(self, step: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the mean of function(x - origin - step), `(*batch, 1, D)`."""

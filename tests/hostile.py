@@ -233,7 +233,10 @@ def finite(name: str, recipe: Recipe) -> None:
         unit = torch.finfo(value.dtype).eps * (1 + recipe.offset + 6 * recipe.gap)
         if name.startswith("mmd"):  # squared distances come from products, in units of 1 here
             unit += torch.finfo(value.dtype).eps * spread(wide)
-        close(value.double(), exact, 1e-3 + 100 * unit, (1e-3 + 100 * unit) * size)
+        # Below the normal numbers each of the up to D^2 terms is rounded to a multiple of the least.
+        number = torch.finfo(value.dtype)
+        least = number.smallest_normal * number.eps * recipe.dim**2
+        close(value.double(), exact, 1e-3 + 100 * unit, (1e-3 + 100 * unit) * size + least)
 
 
 def non_finite(name: str, recipe: Recipe) -> None:
