@@ -265,7 +265,8 @@ def _form(
 ) -> Tensor:
     """Return p^T K q, `(*batch)`, with K the average over `sigmas` of the Gaussian kernels.
 
-    If `distinct`, of a form of one set with itself, no sample is paired with itself. In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms.
+    In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms. If
+    `distinct`, no sample of what is then one set is paired with itself.
     """
     batch = p.shape[:-1]
     if p.numel() * q.shape[-1] > _HELD_ENTRIES:

@@ -25,8 +25,7 @@ def gaussian_form(
 ) -> Tensor:
     """Return sum_nm p_n q_m k(x_n, y_m), `(B)` in float64.
 
-    k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`. If `distinct`, the sum
-    runs over n != m.
+    k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`.
 
     The kernel matrix is made block by block, once, for the value and the gradients together:
     memory is O((N + M) D). If `y` is `x` and `q` is `p`, the two gradients are one. First
@@ -38,6 +37,7 @@ def gaussian_form(
         p: `(B, N)`.
         q: `(B, M)`.
         precisions: `(B, S)`.
+        distinct: Whether to leave out the pairs n = m.
     """
     if x is y and p is q:
         # Half of what the sum depends on stands in the second place: the gradients double.
