@@ -282,7 +282,8 @@ def _form(
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
     kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
     if distinct:
-        kernel = 2 * kernel.tril(-1)
+        # Subtracted, not blanked: there alone an infinite sample shows.
+        kernel = kernel - torch.diag_embed(kernel.diagonal(dim1=-2, dim2=-1))
     return (p.double() * (kernel @ q.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
 

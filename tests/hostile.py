@@ -229,9 +229,13 @@ def finite(name: str, recipe: Recipe) -> None:
         assert grad.shape == x.shape
         assert ideal.isfinite().all() or recipe.dtype != "float64", f"gradient {m} in float64"
         # In half precision it is that of float32, whose rounding alone may be more than fits.
-        close(grad, lifted_grads[m].to(x.dtype), 0.0, 0.0)
-        if _representable(ideal, limit):
-            bad = (~lifted_grads[m].isfinite()).sum()
+        for dtype, found, expected in (
+            (value.dtype, lifted_grads[m], ideal),
+            (x.dtype, grad, lifted_grads[m]),
+        ):
+            if not _representable(expected, torch.finfo(dtype).max / 1e3):
+                continue
+            bad = (~found.isfinite()).sum()
             assert bad == 0, f"gradient {m} has {bad} of {grad.numel()} not finite"
         absent = ~problem.present()[m]
         assert (grad[absent] == 0).all(), f"gradient {m} at absent samples"
