@@ -115,7 +115,7 @@ def mmd_loss(
 
     with full_precision(samples.features[0]):
         samples = _gather_absent(samples)
-        sigmas = _bandwidths(bandwidth, samples)
+        samples, sigmas = _in_units(samples, _bandwidths(bandwidth, samples))
         if estimator == "random_features":
             first = samples.features[0]
             frequencies = torch.randn(
@@ -215,18 +215,27 @@ def _gather_absent(samples: Samples) -> Samples:
     return samples._replace(features=features)
 
 
+def _in_units(samples: Samples, sigmas: list[Tensor]) -> tuple[Samples, list[Tensor]]:
+    """Return features and bandwidths in units of the first bandwidth, but for a factor below 2.
+
+    Squares of theirs then stay in the dtype's range. A power of two rounds nothing.
+    """
+    unit = torch.exp2(torch.log2(sigmas[0]).floor())
+    features = [x / unit for x in samples.features]
+    return samples._replace(features=features), [sigma / unit for sigma in sigmas]
+
+
 def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: bool) -> Tensor:
     """Return the sum of MMD^2 over pairs i < j, `(*batch)`."""
     present = samples.present
     within = []
     for x, mass in zip(samples.features, samples.masses, strict=True):
-        total = _form(x, x, mass, mass, sigmas)
+        total = _form(x, x, mass, mass, sigmas, distinct=unbiased)
         if unbiased:
-            # A sample with itself has k = 1.
-            diagonal = mass.square().sum(-1)
+            # Not 1 - sum w^2, which has no digits left where one sample has nearly all the weight.
+            pairs = 2 * (mass[..., 1:] * mass[..., :-1].double().cumsum(-1)).sum(-1)
             several = (mass != 0).sum(-1) > 1
-            pairs = torch.where(several, 1 - diagonal, 1.0)
-            total = torch.where(several, (total - diagonal.double()) / pairs, 0.0)
+            total = torch.where(several, total / torch.where(several, pairs, 1.0), 0.0)
         within.append(total)
     if unbiased:
         counts = torch.stack([(mass != 0).sum(-1) for mass in samples.masses])
@@ -245,10 +254,19 @@ def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: b
     return loss.to(present.dtype)
 
 
-def _form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, sigmas: list[Tensor]) -> Tensor:
+def _form(
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    q: Tensor,
+    sigmas: list[Tensor],
+    *,
+    distinct: bool = False,
+) -> Tensor:
     """Return p^T K q, `(*batch)`, with K the average over `sigmas` of the Gaussian kernels.
 
-    In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms.
+    In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms. If
+    `distinct`, no sample of what is then one set is paired with itself.
     """
     batch = p.shape[:-1]
     if p.numel() * q.shape[-1] > _HELD_ENTRIES:
@@ -256,11 +274,16 @@ def _form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, sigmas: list[Tensor]) -> T
         # One tensor for both places tells that the form is symmetric.
         other = flat if y is x else [t.reshape(-1, *t.shape[len(batch) :]) for t in (y, q)]
         precisions = [(0.5 / sigma.square()).expand(*batch, 1, 1).reshape(-1) for sigma in sigmas]
-        form = gaussian_form(flat[0], other[0], flat[1], other[1], torch.stack(precisions, -1))
+        form = gaussian_form(
+            flat[0], other[0], flat[1], other[1], torch.stack(precisions, -1), distinct=distinct
+        )
         return form.reshape(batch)
     cost = squared_euclidean_cost(x, y)
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
     kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
+    if distinct:
+        # Subtracted, not blanked: there alone an infinite sample shows.
+        kernel = kernel - torch.diag_embed(kernel.diagonal(dim1=-2, dim2=-1))
     return (p.double() * (kernel @ q.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
 

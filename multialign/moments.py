@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -172,7 +172,8 @@ def _moments(
 ) -> dict[str, list[Tensor]]:
     """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
 
-    Each needs the one before it, over all ranks, and so costs one collective.
+    What is summed over all ranks needs the sum before it: mean and covariance cost a collective
+    each, the skewness three.
     """
     uniform = not samples.weighted and ranks.group is None
     sums = [
@@ -180,7 +181,9 @@ def _moments(
         for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
     ]
     zeros = [torch.zeros_like(origin) for origin in origins]
-    steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
+    steps = ranks.sum(
+        [s.over(s.deviations(zero), lambda d: d) for s, zero in zip(sums, zeros, strict=True)]
+    )
     result = {}
     if "mean" in moments:
         result["mean"] = [
@@ -191,24 +194,27 @@ def _moments(
             [s.products(step) for s, step in zip(sums, steps, strict=True)]
         )
     if "skewness" in moments:
-        if "covariance" in moments:
-            variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in result["covariance"]]
-        else:
-            variances = ranks.sum(
-                [s.over(step, torch.square) for s, step in zip(sums, steps, strict=True)]
-            )
+        # In a unit of its own for each feature: of small ones the variance, or 1 / variance in the
+        # gradient, leaves the range of float32.
+        extents = ranks.sum([s.extent() for s in sums])
+        units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
+        scaled = [
+            [(deviation / unit, weight) for deviation, weight in s.deviations(step)]
+            for s, step, unit in zip(sums, steps, units, strict=True)
+        ]
+        squares = [s.over(rows, torch.square) for s, rows in zip(sums, scaled, strict=True)]
         cubes = []
-        for s, step, variance in zip(sums, steps, variances, strict=True):
+        for s, rows, unit, variance in zip(sums, scaled, units, ranks.sum(squares), strict=True):
             constant = variance == 0  # where the gradient of sqrt is infinite
-            # Divided before the cube: a third moment may leave the range of float32.
-            scale = 1 / (torch.where(constant, 1.0, variance).sqrt() + eps)
-            cubes.append(s.over(step, partial(_scaled_cube, scale=scale)).squeeze(-2))
+            # Divided before the cube: a third moment may leave the range of float32 as well.
+            width = torch.where(constant, 1.0, variance).sqrt() + eps / unit
+            cubes.append(s.over(rows, partial(_cube, width=width)).squeeze(-2))
         result["skewness"] = ranks.sum(cubes)
     return result
 
 
-def _scaled_cube(deviation: Tensor, scale: Tensor) -> Tensor:
-    return (deviation * scale).pow(3)
+def _cube(deviation: Tensor, width: Tensor) -> Tensor:
+    return (deviation / width).pow(3)
 
 
 class _Sums:
@@ -230,10 +236,21 @@ class _Sums:
         self.share = 1.0 if mass is not None else 1 / max(x.shape[-2], 1)
         self.origin = origin
 
-    def over(self, step: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the mean of function(x - origin - step), `(*batch, 1, D)`."""
+    def extent(self) -> Tensor:
+        """Return the sum of |x - origin| over the rows that are there, `(*batch, 1, D)`."""
+        with torch.no_grad():
+            deviations = self.deviations(torch.zeros_like(self.origin))
+            parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
+            return sum(parts[1:], parts[0])
+
+    def over(
+        self,
+        deviations: Iterable[tuple[Tensor, Tensor | None]],
+        function: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Return the mean of function(deviation), `(*batch, 1, D)`."""
         parts = []
-        for deviation, weight in self._deviations(step):
+        for deviation, weight in deviations:
             value = function(deviation)
             value = value if weight is None else weight * value
             parts.append(value.sum(-2, keepdim=True))
@@ -242,12 +259,13 @@ class _Sums:
     def products(self, step: Tensor) -> Tensor:
         """Return the mean of d d^T for d = x - origin - step, `(*batch, D, D)`."""
         parts = []
-        for deviation, weight in self._deviations(step):
+        for deviation, weight in self.deviations(step):
             weighted = deviation if weight is None else weight * deviation
             parts.append(deviation.mT @ weighted)
         return self.share * sum(parts[1:], parts[0])
 
-    def _deviations(self, step: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def deviations(self, step: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield x - origin - step, 0 for absent rows, and the weights of each block."""
         for x, weight in zip(self.blocks, self.weights, strict=True):
             # Twice subtracted: the sum of origin and step would be rounded to the data's offset.
             deviation = x - self.origin - step

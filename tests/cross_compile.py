@@ -84,7 +84,7 @@ def matvec_points(dtype, size):
 
 def gaussian(dtype, size, depth):
     x, p = zeros(size, depth, dtype=dtype), zeros(size, dtype=dtype)
-    _triton.gaussian_form(x, x, p, p, torch.ones(1, 1, dtype=dtype), False)
+    _triton.gaussian_form(x, x, p, p, torch.ones(1, 1, dtype=dtype), False, False)
 
 
 def small(dtype, size, count, full=False):

@@ -52,6 +52,8 @@ class Loss:
     """Its natural size, from the mean squared distance from the mean and D."""
     edges: Callable[[int], list[tuple[int, int]]] | None = None
     """The pairs with a cost, where epsilon is taken from the costs: 1 if they are all 0."""
+    unit: float | None = None
+    """A length of its own beside those of the data: the bandwidth."""
 
     def __call__(self, problem: Problem) -> torch.Tensor:
         return self.call(problem.features, problem.weights)
@@ -130,7 +132,7 @@ LOSSES = {
         compares=False,
         size=lambda spread, dim: spread + spread**2 + 1e3 * dim,
     ),
-    "mmd": Loss(mmd_loss, nonnegative=True, zero=True),
+    "mmd": Loss(mmd_loss, nonnegative=True, zero=True, unit=1.0),
     "mmd median": Loss(
         partial(mmd_loss, bandwidth="median"),
         rotates=False,  # of equal samples, distances of 0 become distances of a rounding
@@ -138,7 +140,7 @@ LOSSES = {
         zero=True,
         compares=False,
     ),
-    "mmd unbiased": Loss(partial(mmd_loss, estimator="unbiased"), twice=True),
+    "mmd unbiased": Loss(partial(mmd_loss, estimator="unbiased"), twice=True, unit=1.0),
     "random features": Loss(
         _seeded(mmd_loss, estimator="random_features", num_features=16),
         rotates=False,
@@ -225,19 +227,29 @@ def finite(name: str, recipe: Recipe) -> None:
     limit = torch.finfo(value.dtype).max / 1e3
     assert value.ndim == 0
     assert value.dtype == (torch.float64 if recipe.dtype == "float64" else torch.float32)
-    if name.startswith("mmd") and spread(wide) > limit:
-        return  # a kernel is a function of squared distances
+    if loss.unit and spread(wide) > limit:
+        return  # a kernel is a function of squared distances in this unit
     if not _representable(exact, limit):
         assert recipe.dtype != "float64", f"float64 gives {exact}"
         return
     assert value.isfinite(), f"{value} where float64 gives {exact}"
+    lifted_grads = grads
+    if recipe.dtype in ("float16", "bfloat16"):
+        lifted = problem.to(torch.float32)
+        lifted_grads = _gradients(loss(lifted), lifted)
     for m, (x, grad, ideal) in enumerate(zip(problem.features, grads, exact_grads)):
         if grad is None:
             continue
         assert grad.shape == x.shape
         assert ideal.isfinite().all() or recipe.dtype != "float64", f"gradient {m} in float64"
-        if _representable(ideal, min(limit, torch.finfo(x.dtype).max / 1e3)):
-            bad = (~grad.isfinite()).sum()
+        # In half precision it is that of float32, whose rounding alone may be more than fits.
+        for dtype, found, expected in (
+            (value.dtype, lifted_grads[m], ideal),
+            (x.dtype, grad, lifted_grads[m]),
+        ):
+            if not _representable(expected, torch.finfo(dtype).max / 1e3):
+                continue
+            bad = (~found.isfinite()).sum()
             assert bad == 0, f"gradient {m} has {bad} of {grad.numel()} not finite"
         absent = ~problem.present()[m]
         assert (grad[absent] == 0).all(), f"gradient {m} at absent samples"
@@ -247,7 +259,10 @@ def finite(name: str, recipe: Recipe) -> None:
         unit = torch.finfo(value.dtype).eps * (1 + recipe.offset + 6 * recipe.gap)
         if name.startswith("mmd"):  # squared distances come from products, in units of 1 here
             unit += torch.finfo(value.dtype).eps * spread(wide)
-        close(value.double(), exact, 1e-3 + 100 * unit, (1e-3 + 100 * unit) * size)
+        # Below the normal numbers each of up to D^2 terms is rounded to a multiple of the least.
+        number = torch.finfo(value.dtype)
+        least = number.smallest_normal * number.eps * recipe.dim**2
+        close(value.double(), exact, 1e-3 + 100 * unit, (1e-3 + 100 * unit) * size + least)
 
 
 def non_finite(name: str, recipe: Recipe) -> None:
@@ -331,11 +346,17 @@ def padding(name: str, recipe: Recipe) -> None:
     value = _same(loss, problem, padded, recipe)
     if value is None or not any(x.requires_grad for x in problem.features):
         return
-    size = loss.size(spread(problem), recipe.dim) / max(spread(problem), 1e-300) ** 0.5
+    length = max(spread(problem), 1e-300) ** 0.5
+    size, rounding = loss.size(spread(problem), recipe.dim) / length, 0.0
+    if loss.unit:
+        # A kernel's slope is a distance in this unit, or less. Distances are differences of
+        # products, to the digits of the samples.
+        size = min(length, 1 / length)
+        rounding = 10 * torch.finfo(torch.float64).eps * length
     grads, padded_grads = _gradients(loss(problem), problem), _gradients(loss(padded), problem)
     for grad, padded_grad in zip(grads, padded_grads):
         if grad is not None:
-            close(padded_grad, grad, 1e-3, 1e-3 * size)
+            close(padded_grad, grad, 1e-3, 1e-3 * size + rounding)
 
 
 def batch(name: str, recipe: Recipe) -> None:

@@ -83,12 +83,16 @@ class Problem:
     features: list[torch.Tensor]
     weights: list[torch.Tensor | None]
 
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Return the same numbers in another dtype, as leaves of their own."""
+        return Problem(
+            [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in self.features],
+            [None if w is None else w.detach().to(dtype) for w in self.weights],
+        )
+
     def double(self) -> "Problem":
         """Return the same numbers in float64, as leaves of their own."""
-        return Problem(
-            [x.detach().double().requires_grad_(x.requires_grad) for x in self.features],
-            [None if w is None else w.detach().double() for w in self.weights],
-        )
+        return self.to(torch.float64)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Problem":
         """Return the problem with a function applied to the features."""

@@ -175,6 +175,19 @@ def test_a_kernel_is_1_on_its_diagonal_however_narrow(scale, count, dtype):
     assert mmd_loss([x, x.clone()]) == 0
 
 
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+@pytest.mark.parametrize("count", [20, 400])
+@every_dtype
+def test_a_bandwidth_may_be_what_has_no_square(scale, count, dtype):
+    x, y = torch.randn(2, count, 5, dtype=dtype)
+    for near, far in [(1.0, scale), ([1.0, 3.0], [scale, 3 * scale]), ("median", "median")]:
+        expected, expected_grads = evaluate(partial(mmd_loss, bandwidth=near), [x, y])
+        loss = partial(mmd_loss, bandwidth=far)
+        value, grads = evaluate(loss, [scale * x, scale * y])
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close([scale * grad for grad in grads], list(expected_grads))
+
+
 @pytest.mark.parametrize("count", [20, 400])
 @every_dtype
 def test_a_median_of_equal_samples_is_0_and_not_its_rounding(count, dtype):
@@ -259,6 +272,34 @@ def test_weights_are_normalised(name, dtype):
     for factor in (2.0**-40, 2.0**40):
         value = ALL[name](features, [factor * w for w in weights])
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 400])
+@every_dtype
+def test_pairs_beside_one_sample_of_nearly_all_the_weight_keep_their_digits(count, dtype):
+    x, y = torch.randn(2, count, 2, dtype=dtype)
+    w = torch.full((count,), 1e-4, dtype=dtype)
+    w[1] = 1e4
+    loss = ALL["mmd unbiased"]
+    value, grads = evaluate(loss, [x, y], [w, None])
+    wide = [x.double(), y.double()]
+    expected = reference.mmd([t.numpy() for t in wide], [1.0], "unbiased", [w.numpy(), None])
+    torch.testing.assert_close(value.item(), expected, rtol=1e-5, atol=1e-6)
+    _, wide_grads = evaluate(loss, wide, [w.double(), None])
+    for grad, wide_grad in zip(grads, wide_grads):
+        torch.testing.assert_close(grad.double(), wide_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**-66, 2.0**66])
+@every_dtype
+def test_skewness_has_the_gradients_of_any_unit(scale, dtype):
+    x, y = torch.randn(2, 7, 3, dtype=dtype)
+    w = torch.tensor([1e3, 1e-4, 1.0, 1e-2, 0.0, 1e-4, 1e-1], dtype=dtype)
+    loss = partial(gaussian_moment_loss, moments=["skewness"], eps=0.0)
+    expected, expected_grads = evaluate(loss, [x, y], [w, None])
+    value, grads = evaluate(loss, [scale * x, scale * y], [w, None])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close([scale * grad for grad in grads], list(expected_grads))
 
 
 @every_loss

@@ -485,16 +485,19 @@ def test_what_fits():
 # -- Gaussian forms -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3, 1, 1), (1, 31, 129, 3, 2), (2, 20, 7, 70, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 3, 1, 1), (1, 31, 129, 3, 2), (2, 20, 7, 70, 1), (1, 70, 70, 9, 2)], ids=str
+)
+@pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gaussian_form(shape, dtype):
+def test_gaussian_form(shape, dtype, distinct):
     batch, n, m, depth, scales = shape
     x, y = torch.randn(batch, n, depth) + 50, torch.randn(batch, m, depth) + 51
     p, q, c = torch.rand(batch, n), torch.rand(batch, m), torch.rand(batch, scales) / depth
     arguments = [t.to(dtype) for t in (x, y, p, q, c)]
-    exact = _stream(*[t.double() for t in arguments], True)
-    found = _triton.gaussian_form(*arguments, True)
-    plain = _triton.gaussian_form(*arguments, False)
+    exact = _stream(*[t.double() for t in arguments], True, distinct)
+    found = _triton.gaussian_form(*arguments, True, distinct)
+    plain = _triton.gaussian_form(*arguments, False, distinct)
     assert torch.equal(plain[0], found[0])
     assert not plain[3].any()
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
@@ -505,7 +508,9 @@ def test_gaussian_form(shape, dtype):
 
 def test_gaussian_form_has_1_on_its_diagonal_however_narrow():
     x, p = 1e3 * torch.randn(1, 70, 90).float(), torch.ones(1, 70).float() / 70
-    value, *derivatives = _triton.gaussian_form(x, x, p, p, torch.full((1, 1), 0.5).float(), False)
+    value, *derivatives = _triton.gaussian_form(
+        x, x, p, p, torch.full((1, 1), 0.5).float(), False, False
+    )
     torch.testing.assert_close(value.item(), 1 / 70, rtol=1e-6, atol=0)
     assert not derivatives[0].any()
 
@@ -514,7 +519,7 @@ def test_gaussian_form_lets_nan_through():
     x = torch.randn(1, 5, 3).float()
     y, p = x.clone(), torch.ones(1, 5).float()
     y[0, 2, 1] = torch.nan
-    form = _triton.gaussian_form(x, y, p, p, torch.ones(1, 1).float(), True)
+    form = _triton.gaussian_form(x, y, p, p, torch.ones(1, 1).float(), True, False)
     assert form[0].isnan().all()
 
 

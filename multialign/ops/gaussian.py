@@ -20,7 +20,9 @@ _BLOCK_ENTRIES = 2**20
 _SMALLEST_BLOCK = 64
 
 
-def gaussian_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> Tensor:
+def gaussian_form(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, *, distinct: bool = False
+) -> Tensor:
     """Return sum_nm p_n q_m k(x_n, y_m), `(B)` in float64.
 
     k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`.
@@ -35,12 +37,13 @@ def gaussian_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor
         p: `(B, N)`.
         q: `(B, M)`.
         precisions: `(B, S)`.
+        distinct: Whether to leave out the pairs n = m.
     """
     if x is y and p is q:
         # Half of what the sum depends on stands in the second place: the gradients double.
-        results = _SymmetricForm.apply(x, p, precisions)
+        results = _SymmetricForm.apply(x, p, precisions, distinct)
     else:
-        results = _Form.apply(x, y, p, q, precisions)
+        results = _Form.apply(x, y, p, q, precisions, distinct)
     value: Tensor = results[0]
     return value
 
@@ -50,13 +53,13 @@ class _Form(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor
+        x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, distinct: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        value, by_x, by_p, by_y, by_q = _stream(x, y, p, q, precisions, True)
+        value, by_x, by_p, by_y, by_q = _stream(x, y, p, q, precisions, True, distinct)
         return value, by_x, by_y, by_p, by_q
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *inputs[:4])
 
@@ -69,19 +72,21 @@ class _Form(torch.autograd.Function):
         ]
         grad = grad.to(by_x.dtype)
         row, matrix = grad[:, None], grad[:, None, None]
-        return matrix * by_x, matrix * by_y, row * by_p, row * by_q, None
+        return matrix * by_x, matrix * by_y, row * by_p, row * by_q, None, None
 
 
 class _SymmetricForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, p: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, by_x, by_p, _, _ = _stream(x, x, p, p, precisions, False)
+    def forward(
+        x: Tensor, p: Tensor, precisions: Tensor, distinct: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value, by_x, by_p, _, _ = _stream(x, x, p, p, precisions, False, distinct)
         return value, by_x, by_p
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *inputs[:2])
 
@@ -90,7 +95,7 @@ class _SymmetricForm(torch.autograd.Function):
         by_x, by_p, x, p = ctx.saved_tensors
         by_x, by_p = _FirstOnly.apply(by_x, x), _FirstOnly.apply(by_p, p)
         grad = 2 * grad.to(by_x.dtype)
-        return grad[:, None, None] * by_x, grad[:, None] * by_p, None
+        return grad[:, None, None] * by_x, grad[:, None] * by_p, None, None
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -120,12 +125,12 @@ class _FirstOnly(torch.autograd.Function):
     "multialign::gaussian_form",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor y, Tensor p, Tensor q, Tensor precisions, bool both) "
+        "(Tensor x, Tensor y, Tensor p, Tensor q, Tensor precisions, bool both, bool distinct) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _stream(
-    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the form and its derivatives by x and p and, if `both`, by y and q (else zeros).
 
@@ -135,7 +140,7 @@ def _stream(
     if x.dtype == torch.float32 and choose_backend("auto", x) == "triton":
         from multialign.ops import _triton
 
-        return _triton.gaussian_form(x, y, p, q, precisions, both)
+        return _triton.gaussian_form(x, y, p, q, precisions, both, distinct)
 
     origin = x.mean(-2, keepdim=True)
     x, y = x - origin, y - origin
@@ -158,6 +163,9 @@ def _stream(
             if i == j and equal is not None:
                 cost.diagonal(dim1=-2, dim2=-1).masked_fill_(equal[:, rows], 0.0)
             kernel, slope = _kernels(cost, precisions)
+            if i == j and distinct:
+                kernel.diagonal(dim1=-2, dim2=-1).zero_()
+                slope.diagonal(dim1=-2, dim2=-1).zero_()
             sums_x[:, rows] += (kernel @ q[:, columns, None]).squeeze(-1)
             slopes_x[:, rows] += slope @ right[:, columns]
             if both:
@@ -174,7 +182,7 @@ def _stream(
 
 @_stream.register_fake
 def _(
-    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         p.new_empty(p.shape[:1], dtype=torch.float64),

@@ -44,6 +44,7 @@ def _gaussian_sums(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     SQUARE: tl.constexpr,  # whether N = M; else `equal` is not read
+    DISTINCT: tl.constexpr,  # whether pairs n = m are left out
     SINGLE: tl.constexpr,  # whether BLOCK_D = BLOCK_F holds all features
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,6 +112,9 @@ def _gaussian_sums(
             term = tl.exp(cost * -precision)
             kernel += term
             slope += term * (precision / first)
+        if DISTINCT:
+            kernel = tl.where(rows[:, None] == columns[None, :], 0.0, kernel)
+            slope = tl.where(rows[:, None] == columns[None, :], 0.0, slope)
         total += tl.sum(kernel * weight[None, :], 1)
         slope *= weight[None, :]
         slope_total += tl.sum(slope, 1)
@@ -128,7 +132,7 @@ def _gaussian_sums(
 
 
 def gaussian_form(
-    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute what `multialign.ops.gaussian` defines: p^T K q and its derivatives.
 
@@ -139,16 +143,18 @@ def gaussian_form(
     origin = x.mean(-2, keepdim=True)
     x, y = (x - origin).contiguous(), (y - origin).contiguous()
     p, q, precisions = p.contiguous(), q.contiguous(), precisions.contiguous()
-    sums_x, by_x = _side(x, y, p, q, precisions)
+    sums_x, by_x = _side(x, y, p, q, precisions, distinct)
     if both:
-        sums_y, by_y = _side(y, x, q, p, precisions)
+        sums_y, by_y = _side(y, x, q, p, precisions, distinct)
     else:
         sums_y, by_y = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(y)
     value = (p.double() * sums_x).sum(-1)
     return value, by_x, sums_x.to(p.dtype), by_y, sums_y.to(q.dtype)
 
 
-def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
+def _side(
+    x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, distinct: bool
+) -> tuple[Tensor, Tensor]:
     """Return K q in float64 and the derivative of p^T K q by x."""
     dtype, kind = lifted(x, y, p, q)
     batch, rows, depth = x.shape
@@ -169,8 +175,8 @@ def _side(x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor) -> tup
     launch(
         _gaussian_sums, programs * shares, x, y, x.square().sum(-1), y.square().sum(-1), q,
         equal, precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares,
-        share, DTYPE=kind, PRECISION=matrix_precision(dtype), SQUARE=square, SINGLE=single,
-        BLOCK_N=tall, BLOCK_M=wide, BLOCK_D=deep, BLOCK_F=kept,
+        share, DTYPE=kind, PRECISION=matrix_precision(dtype), SQUARE=square, DISTINCT=distinct,
+        SINGLE=single, BLOCK_N=tall, BLOCK_M=wide, BLOCK_D=deep, BLOCK_F=kept,
         num_warps=4 if kept <= 64 else 8, num_stages=2,
     )  # fmt: skip
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
