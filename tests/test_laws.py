@@ -1,6 +1,7 @@
 """Laws that hold for every loss, over random problems."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -260,3 +261,17 @@ def test_a_module_is_its_function_with_options(module, function, options):
             module(**wrong)
     if options.get("estimator") == "unbiased":
         assert repr(loss) == "MMDLoss(bandwidth=(0.7, 3.0), estimator='unbiased')"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        partial(gaussian_moment_loss, process_group=object()),
+        partial(mmd_loss, process_group=object()),
+        GaussianMomentLoss(process_group=object()),
+        MMDLoss(process_group=object()),
+    ],
+)
+def test_a_process_group_is_asked_for_its_samples(loss):
+    with pytest.raises(ValueError, match="process_group needs torch.distributed"):
+        loss(make([5, 5], 8))
