@@ -72,6 +72,8 @@ def test_diagonal_equals_full():
     expected = bures_wasserstein_cost(means_i, torch.diag_embed(i), means_j, torch.diag_embed(j))
     for left in (i, torch.diag_embed(i)):
         torch.testing.assert_close(bures_wasserstein_cost(means_i, left, means_j, j), expected)
+        mixed = bures_wasserstein_cost(means_i, left, means_j, torch.diag_embed(j))
+        torch.testing.assert_close(mixed, expected)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -357,7 +359,7 @@ def test_errors_name_the_argument():
             ValueError, match=rf"^{name} must have shape \(\*batch, K_{name[-1]}, D"
         ):
             bures_wasserstein_cost(**{**good, name: x[0]})
-        with pytest.raises(TypeError, match=f"means and covariances must .*{name}"):
+        with pytest.raises(TypeError, match=rf"^means and covariances must .*\b{name}\b"):
             bures_wasserstein_cost(**{**good, name: good[name].float()})
     for side in "ij":
         with pytest.raises(ValueError, match=rf"^covariances_{side} must have .*; got \(2, 2\)"):
@@ -368,7 +370,7 @@ def test_errors_name_the_argument():
             squared_euclidean_cost(**{**good, name: [1.0]})
         with pytest.raises(ValueError, match=rf"^{name} must have shape \(\*batch, [NM], D\)"):
             squared_euclidean_cost(**{**good, name: x[0]})
-        with pytest.raises(TypeError, match=f"^x and y must .*{name}"):
+        with pytest.raises(TypeError, match=rf"^x and y must .*\b{name}\b"):
             squared_euclidean_cost(**{**good, name: x.float()})
     with pytest.raises(ValueError, match="must agree in batch and D"):
         squared_euclidean_cost(x, x[None])
