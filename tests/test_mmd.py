@@ -302,14 +302,20 @@ def test_it_is_computed_where_the_features_are(estimator, bandwidth):
 
 
 def test_random_features_are_measured_from_each_feature_of_each_problem():
-    x, y = torch.randn(2, 30, 3).float(), torch.randn(2, 20, 3).float() + 1
-    options = {"estimator": "random_features", "num_features": 50}
-    offset = 2.0**12 * torch.tensor([[[1.0, 0, -1.0]], [[-1.0, 1.0, 0]]]).float()
-    near, far = (
-        mmd_loss([x + o, y + o], generator=torch.Generator().manual_seed(0), **options)
-        for o in (0.0, offset)
+    # On a grid of 2^-8, which float32 keeps at every offset.
+    x, y = ((256 * torch.randn(2, n, 3)).round() / 256 + m for m, n in enumerate((30, 20)))
+    offset = 2.0**15 * torch.tensor([[[1.0, 0, -1.0]], [[-1.0, 1.0, 0]]])
+    near, far, equal = (
+        mmd_loss(
+            [(t + o).float() for t in (x, y)],
+            estimator="random_features",
+            num_features=50,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for o in (0.0, offset, 2.0**15)
     )
-    torch.testing.assert_close(near, far, rtol=1e-3, atol=0)
+    torch.testing.assert_close(far, near, rtol=1e-5, atol=0)
+    torch.testing.assert_close(equal, near, rtol=1e-5, atol=0)
 
 
 def test_1024_random_features_unless_told_otherwise():
