@@ -72,6 +72,8 @@ def test_diagonal_equals_full():
     expected = bures_wasserstein_cost(means_i, torch.diag_embed(i), means_j, torch.diag_embed(j))
     for left in (i, torch.diag_embed(i)):
         torch.testing.assert_close(bures_wasserstein_cost(means_i, left, means_j, j), expected)
+        mixed = bures_wasserstein_cost(means_i, left, means_j, torch.diag_embed(j))
+        torch.testing.assert_close(mixed, expected)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -263,3 +265,112 @@ def test_bures_gradient_leaves_out_what_is_zero_up_to_rounding():
     right, mean = random_covariances(1, 5), torch.zeros(1, 5)
     (grad,) = torch.autograd.grad(bures_wasserstein_cost(mean, left, mean, right), left)
     assert grad.norm() < 100
+
+
+def test_bures_of_a_batch_of_batches_is_that_of_each():
+    means = torch.randn(2, 3, 4, 5)
+    inputs = [random_covariances(2, 3, 4, 5), random_covariances(2, 3, 2, 5)]
+    inputs = [covariances.requires_grad_() for covariances in inputs]
+    cost = bures_wasserstein_cost(means, inputs[0], means[..., :2, :], inputs[1])
+    weights = torch.rand(2, 3, 4, 2)
+    grads = torch.autograd.grad((weights * cost).sum(), inputs)
+    for a in range(2):
+        for b in range(3):
+            leaves = [covariances[a, b].detach().requires_grad_() for covariances in inputs]
+            mean = means[a, b]
+            single = bures_wasserstein_cost(mean, leaves[0], mean[:2], leaves[1])
+            torch.testing.assert_close(cost[a, b], single)
+            expected = torch.autograd.grad((weights[a, b] * single).sum(), leaves)
+            for grad, one in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad[a, b], one)
+
+
+def test_a_non_finite_correlation_reaches_its_costs_and_their_gradients():
+    means, covariances = torch.randn(3, 3), random_covariances(3, 3)
+    covariances[1, 1, 2] = covariances[1, 2, 1] = torch.nan  # no part of the trace
+    covariances.requires_grad_()
+    for right in (covariances.detach(), covariances):
+        cost = bures_wasserstein_cost(means, covariances, means, right)
+        assert cost[1].isnan().all()
+        assert cost[:, 1].isnan().all()
+        assert cost[::2, ::2].isfinite().all()
+    (grad,) = torch.autograd.grad(cost[0, 1], covariances)
+    assert grad[:2].isnan().all()
+
+
+@pytest.mark.parametrize("dim", [4, 16])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_eigenvalue_is_zero_up_to_its_rounding_of_dim_epsilon(dim, batched):
+    """The derivative of -2 Tr sqrt(S) is -1 / sqrt(s), and left out where s is 0 up to rounding."""
+    rounding = dim * torch.finfo(torch.float64).eps
+    values = torch.ones(dim)
+    values[1], values[2] = 0.75 * rounding, 1.25 * rounding
+    left, mean = torch.diag(values)[None], torch.zeros(1, dim)
+    if batched:  # with a problem of another scale
+        left, mean = torch.stack([left, 1e8 * left]), mean.expand(2, 1, dim)
+    left = left.clone().requires_grad_()
+    right = torch.eye(dim).expand_as(left)
+    cost = bures_wasserstein_cost(mean, left, mean, right)
+    (grad,) = torch.autograd.grad(cost.sum(), left)
+    expected = 1 - values.rsqrt()
+    expected[1] = 1
+    grad = grad[0, 0] if batched else grad[0]
+    torch.testing.assert_close(grad.diagonal(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_costs_keep_the_dtype():
+    means, pairs = torch.randn(3, 4, 5).float(), [(0, 2), (1, 2)]
+    full = random_covariances(3, 4, 5).float()
+    for covariances in (full, full.diagonal(dim1=-2, dim2=-1)):
+        costs = pairwise_bures_cost(means, covariances, pairs)
+        assert costs.dtype == torch.float32
+        cost = bures_wasserstein_cost(means[0], covariances[0], means[2], covariances[2])
+        assert cost.dtype == torch.float32
+        torch.testing.assert_close(cost, costs[0])
+
+
+def test_costs_are_computed_where_their_arguments_are():
+    means, covariances = torch.randn(4, 3), random_covariances(4, 3).requires_grad_()
+    expected = bures_wasserstein_cost(means, covariances, means, covariances)
+    with torch.device("meta"):
+        cost = bures_wasserstein_cost(means, covariances, means, covariances)
+    torch.testing.assert_close(cost, expected)
+
+
+def test_a_table_of_too_many_matrices_is_refused(monkeypatch):
+    means = [torch.randn(2, 3, count, 5) for count in (4, 7)]
+    full = [random_covariances(2, 3, count, 5) for count in (4, 7)]
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 4 * 7 * 25)
+    assert bures_wasserstein_cost(means[0], full[0], means[1], full[1]).shape == (2, 3, 4, 7)
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 4 * 7 * 25 - 1)
+    with pytest.raises(MemoryError, match="; use diagonal covariances, fewer components, or proj"):
+        bures_wasserstein_cost(means[0], full[0], means[1], full[1])
+    diagonal = [covariances.diagonal(dim1=-2, dim2=-1) for covariances in full]
+    assert bures_wasserstein_cost(means[0], diagonal[0], means[1], diagonal[1]).isfinite().all()
+
+
+def test_errors_name_the_argument():
+    x, full = torch.ones(2, 3), torch.eye(3).expand(2, 3, 3)
+    good = {"means_i": x, "covariances_i": full, "means_j": x, "covariances_j": full}
+    for name in good:
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor"):
+            bures_wasserstein_cost(**{**good, name: [1.0]})
+        with pytest.raises(
+            ValueError, match=rf"^{name} must have shape \(\*batch, K_{name[-1]}, D"
+        ):
+            bures_wasserstein_cost(**{**good, name: x[0]})
+        with pytest.raises(TypeError, match=rf"^means and covariances must .*\b{name}\b"):
+            bures_wasserstein_cost(**{**good, name: good[name].float()})
+    for side in "ij":
+        with pytest.raises(ValueError, match=rf"^covariances_{side} must have .*; got \(2, 2\)"):
+            bures_wasserstein_cost(**{**good, f"covariances_{side}": torch.ones(2, 2)})
+    for name in "xy":
+        good = {"x": x, "y": x}
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor"):
+            squared_euclidean_cost(**{**good, name: [1.0]})
+        with pytest.raises(ValueError, match=rf"^{name} must have shape \(\*batch, [NM], D\)"):
+            squared_euclidean_cost(**{**good, name: x[0]})
+        with pytest.raises(TypeError, match=rf"^x and y must .*\b{name}\b"):
+            squared_euclidean_cost(**{**good, name: x.float()})
+    with pytest.raises(ValueError, match="must agree in batch and D"):
+        squared_euclidean_cost(x, x[None])

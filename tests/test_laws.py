@@ -260,3 +260,14 @@ def test_a_module_is_its_function_with_options(module, function, options):
             module(**wrong)
     if options.get("estimator") == "unbiased":
         assert repr(loss) == "MMDLoss(bandwidth=(0.7, 3.0), estimator='unbiased')"
+
+
+@pytest.mark.parametrize(
+    ("loss", "module"), [(gaussian_moment_loss, GaussianMomentLoss), (mmd_loss, MMDLoss)]
+)
+def test_a_process_group_is_asked_for_its_samples(loss, module):
+    features = make([5, 5], 8)
+    with pytest.raises(ValueError, match="process_group needs torch.distributed"):
+        loss(features, process_group=object())
+    with pytest.raises(ValueError, match="process_group needs torch.distributed"):
+        module(process_group=object())(features)

@@ -237,3 +237,102 @@ def test_random_features_are_measured_near_the_data():
         for o in (0.0, 2.0**12)
     )
     torch.testing.assert_close(near, far, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_a_single_sample_is_out_of_the_unbiased_estimate_alone(estimator):
+    features = [torch.randn(2, n, 3) for n in (4, 5, 6)]
+    # In the first problem one sample of the first modality is there, in the second two.
+    weights = [torch.tensor([[1.0, 0, 0, 0], [1.0, 1.0, 0, 0]]), None, None]
+    first = 1 if estimator == "biased" else 0
+    x, y, z = features
+    pair = mmd_loss([y[0], z[0]], estimator=estimator)
+    pairs = [mmd_loss([x[0, :1], other[0]]) for other in (y, z)]
+    expected = [
+        (pair + first * sum(pairs)) / 3,
+        mmd_loss([x[1, :2], y[1], z[1]], estimator=estimator),
+    ]
+    torch.testing.assert_close(
+        mmd_loss(features, weights, estimator=estimator), torch.stack(expected).mean()
+    )
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased", "random_features"])
+def test_the_median_of_float32_features(estimator):
+    features = [torch.randn(n, 3) + n / 8 for n in (5, 6)]
+    losses = [
+        mmd_loss(
+            [x.to(dtype) for x in features],
+            bandwidth="median",
+            estimator=estimator,
+            num_features=2000,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_table_of_the_median_has_a_bound(monkeypatch):
+    features = [torch.randn(2, 3, count, 4) for count in (4, 6)]
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 10 * 10)
+    assert mmd_loss(features, bandwidth="median").isfinite()
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 10 * 10 - 1)
+    with pytest.raises(MemoryError, match="; give the bandwidth as a number, or smaller batches$"):
+        mmd_loss(features, bandwidth="median")
+    assert mmd_loss(features, bandwidth=1.0).isfinite()
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased", "random_features"])
+@pytest.mark.parametrize("bandwidth", [1.5, (0.5, 2.0), "median"])
+def test_it_is_computed_where_the_features_are(estimator, bandwidth):
+    features = [torch.randn(n, 3) for n in (4, 5)]
+    weights = [torch.tensor([1.0, 0.0, 2.0, 1.0]), None]
+
+    def loss():
+        generator = torch.Generator("cpu").manual_seed(0)
+        return mmd_loss(
+            features, weights, bandwidth=bandwidth, estimator=estimator, generator=generator
+        )
+
+    expected = loss()
+    with torch.device("meta"):
+        torch.testing.assert_close(loss(), expected)
+
+
+def test_random_features_are_measured_from_each_feature_of_each_problem():
+    # On a grid of 2^-8, which float32 keeps at every offset.
+    x, y = ((256 * torch.randn(2, n, 3)).round() / 256 + m for m, n in enumerate((30, 20)))
+    offset = 2.0**15 * torch.tensor([[[1.0, 0, -1.0]], [[-1.0, 1.0, 0]]])
+    near, far, equal = (
+        mmd_loss(
+            [(t + o).float() for t in (x, y)],
+            estimator="random_features",
+            num_features=50,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for o in (0.0, offset, 2.0**15)
+    )
+    torch.testing.assert_close(far, near, rtol=1e-5, atol=0)
+    torch.testing.assert_close(equal, near, rtol=1e-5, atol=0)
+
+
+def test_1024_random_features_unless_told_otherwise():
+    features = [torch.randn(n, 3) for n in (4, 5)]
+    values = [
+        loss(features)
+        for loss in (
+            MMDLoss(estimator="random_features", generator=torch.Generator().manual_seed(0)),
+            lambda x: mmd_loss(
+                x, estimator="random_features", generator=torch.Generator().manual_seed(0)
+            ),
+            lambda x: mmd_loss(
+                x,
+                estimator="random_features",
+                num_features=1024,
+                generator=torch.Generator().manual_seed(0),
+            ),
+        )
+    ]
+    assert values[0] == values[1] == values[2]

@@ -123,3 +123,40 @@ def test_mean_over_features_of_each_problem():
 def test_no_moments_is_an_error():
     with pytest.raises(ValueError, match="moments must be a non-empty sequence"):
         GaussianMomentLoss(moments=())
+    with pytest.raises(ValueError, match="moments must be a non-empty sequence"):
+        GaussianMomentLoss(moments={"mean"})
+
+
+@pytest.mark.parametrize("names", [("mean",), ("covariance",), ("skewness",), MOMENTS])
+def test_absent_rows_far_from_the_others_do_not_overflow(names):
+    """Twice a feature's square leaves the range of float32, what is present does not."""
+    x = torch.full((3, 2), 1e25).float()
+    weights = [torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0])]
+    assert gaussian_moment_loss([x, x], weights, moments=names) == 0
+
+
+def test_each_problem_has_modalities_of_its_own():
+    features = [torch.randn(5, n, 3) + m for m, n in enumerate((4, 5, 6))]
+    weights = [torch.rand(5, n) for n in (4, 5, 6)]
+    weights[0][:4] = 0
+    weights[1][2] = 0
+    singles = [
+        gaussian_moment_loss([x[b] for x in features], [w[b] for w in weights]) for b in range(5)
+    ]
+    torch.testing.assert_close(gaussian_moment_loss(features, weights), torch.stack(singles).mean())
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_zero_to_the_last_digit_for_any_number_of_modalities(count):
+    x = torch.randn(2, 9, 4) + 1e3 * torch.rand(2, 1, 4)
+    assert gaussian_moment_loss([x.clone() for _ in range(count)]) == 0
+
+
+def test_the_table_of_a_covariance_has_a_bound(monkeypatch):
+    features = [torch.randn(2, 3, count, 4) for count in (5, 6)]
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 4 * 4)
+    assert gaussian_moment_loss(features).isfinite()
+    monkeypatch.setattr("multialign._validation.MAX_ENTRIES", 2 * 3 * 4 * 4 - 1)
+    with pytest.raises(MemoryError, match='; leave "covariance" out of moments, or project the f'):
+        gaussian_moment_loss(features)
+    assert gaussian_moment_loss(features, moments=["mean", "skewness"]).isfinite()
