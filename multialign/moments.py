@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -173,7 +173,7 @@ def _moments(
     """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
 
     What is summed over all ranks needs the sum before it: mean and covariance cost a collective
-    each, the skewness three.
+    each, the skewness two more, or three without the covariance.
     """
     uniform = not samples.weighted and ranks.group is None
     sums = [
@@ -181,34 +181,36 @@ def _moments(
         for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
     ]
     zeros = [torch.zeros_like(origin) for origin in origins]
-    steps = ranks.sum(
-        [s.over(s.deviations(zero), lambda d: d) for s, zero in zip(sums, zeros, strict=True)]
-    )
+    steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
+    units: list[Tensor | None] = [None] * len(sums)
+    if "skewness" in moments:
+        # In a unit of its own for each feature: of small ones the variance, or 1 / variance in the
+        # gradient, leaves the range of float32.
+        extents = ranks.sum([s.extent() for s in sums])
+        units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
+    parts = list(zip(sums, steps, units, strict=True))
     result = {}
     if "mean" in moments:
         result["mean"] = [
             (origin + step).squeeze(-2) for origin, step in zip(origins, steps, strict=True)
         ]
     if "covariance" in moments:
-        result["covariance"] = ranks.sum(
-            [s.products(step) for s, step in zip(sums, steps, strict=True)]
-        )
-    if "skewness" in moments:
-        # In a unit of its own for each feature: of small ones the variance, or 1 / variance in the
-        # gradient, leaves the range of float32.
-        extents = ranks.sum([s.extent() for s in sums])
-        units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
-        scaled = [
-            [(deviation / unit, weight) for deviation, weight in s.deviations(step)]
-            for s, step, unit in zip(sums, steps, units, strict=True)
+        scaled = ranks.sum([s.products(step, unit) for s, step, unit in parts])
+        result["covariance"] = [
+            c if unit is None else unit.mT * c * unit for c, unit in zip(scaled, units, strict=True)
         ]
-        squares = [s.over(rows, torch.square) for s, rows in zip(sums, scaled, strict=True)]
+    if "skewness" in moments:
+        if "covariance" in moments:
+            variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in scaled]
+        else:
+            variances = ranks.sum([s.over(step, torch.square, unit) for s, step, unit in parts])
         cubes = []
-        for s, rows, unit, variance in zip(sums, scaled, units, ranks.sum(squares), strict=True):
+        for (s, step, unit), variance in zip(parts, variances, strict=True):
+            assert unit is not None
             constant = variance == 0  # where the gradient of sqrt is infinite
             # Divided before the cube: a third moment may leave the range of float32 as well.
             width = torch.where(constant, 1.0, variance).sqrt() + eps / unit
-            cubes.append(s.over(rows, partial(_cube, width=width)).squeeze(-2))
+            cubes.append(s.over(step, partial(_cube, width=width), unit).squeeze(-2))
         result["skewness"] = ranks.sum(cubes)
     return result
 
@@ -239,36 +241,38 @@ class _Sums:
     def extent(self) -> Tensor:
         """Return the sum of |x - origin| over the rows that are there, `(*batch, 1, D)`."""
         with torch.no_grad():
-            deviations = self.deviations(torch.zeros_like(self.origin))
+            deviations = self._deviations(torch.zeros_like(self.origin))
             parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
             return sum(parts[1:], parts[0])
 
     def over(
-        self,
-        deviations: Iterable[tuple[Tensor, Tensor | None]],
-        function: Callable[[Tensor], Tensor],
+        self, step: Tensor, function: Callable[[Tensor], Tensor], unit: Tensor | None = None
     ) -> Tensor:
-        """Return the mean of function(deviation), `(*batch, 1, D)`."""
+        """Return the mean of function((x - origin - step) / unit), `(*batch, 1, D)`."""
         parts = []
-        for deviation, weight in deviations:
+        for deviation, weight in self._deviations(step, unit):
             value = function(deviation)
             value = value if weight is None else weight * value
             parts.append(value.sum(-2, keepdim=True))
         return self.share * sum(parts[1:], parts[0])
 
-    def products(self, step: Tensor) -> Tensor:
-        """Return the mean of d d^T for d = x - origin - step, `(*batch, D, D)`."""
+    def products(self, step: Tensor, unit: Tensor | None) -> Tensor:
+        """Return the mean of d d^T for d = (x - origin - step) / unit, `(*batch, D, D)`."""
         parts = []
-        for deviation, weight in self.deviations(step):
+        for deviation, weight in self._deviations(step, unit):
             weighted = deviation if weight is None else weight * deviation
             parts.append(deviation.mT @ weighted)
         return self.share * sum(parts[1:], parts[0])
 
-    def deviations(self, step: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield x - origin - step, 0 for absent rows, and the weights of each block."""
+    def _deviations(
+        self, step: Tensor, unit: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield (x - origin - step) / unit, 0 for absent rows, and the weights of each block."""
         for x, weight in zip(self.blocks, self.weights, strict=True):
             # Twice subtracted: the sum of origin and step would be rounded to the data's offset.
             deviation = x - self.origin - step
+            if unit is not None:
+                deviation = deviation / unit
             if weight is not None:
                 deviation = torch.where(weight == 0, 0.0, deviation)
             yield deviation, weight
