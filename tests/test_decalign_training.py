@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -369,19 +370,20 @@ def test_two_processes_equal_one(name, samples, tmp_path):
     main([*run, *small(tmp_path / "one", *options, epochs=2)])
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-            *("-m", "examples.decalign", *run),
-            *small(tmp_path / "two", *options, epochs=2),
-            *("--data.batch_size=12", "--trainer.devices=2", "--trainer.strategy=ddp"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        *("-m", "examples.decalign", *run),
+        *small(tmp_path / "two", *options, epochs=2),
+        *("--data.batch_size=12", "--trainer.devices=2", "--trainer.strategy=ddp"),
+    ]
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "two", ignore_errors=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        # A thread of gloo may abort a process at its end, and torchrun then stops the other.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-4000:]
 
     one, two = (state_of(tmp_path / folder) for folder in ("one", "two"))

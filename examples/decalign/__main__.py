@@ -48,3 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Processes leave together: one that is gone breaks connections the others still hold.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
