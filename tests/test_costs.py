@@ -374,3 +374,15 @@ def test_errors_name_the_argument():
             squared_euclidean_cost(**{**good, name: x.float()})
     with pytest.raises(ValueError, match="must agree in batch and D"):
         squared_euclidean_cost(x, x[None])
+
+
+def test_distances_in_one_product_keep_the_digits_of_near_rows_far_out():
+    # Enough rows for the product, each feature at an offset of its own, distances far below 1.
+    x = 1e-2 * torch.randn(300, 4) + torch.tensor([1e5, -1e5, 3e4, 0.0])
+    y = x + 1e-3 * torch.randn(300, 4)
+    assert x.numel() * len(y) > _DIRECT_ENTRIES
+    exact = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(squared_euclidean_cost(x, y), exact, rtol=1e-6, atol=1e-12)
+    equal = squared_euclidean_cost(x, x.clone())
+    assert (equal.diagonal() == 0).all()
+    assert (equal + torch.eye(300) > 0).all()

@@ -336,3 +336,18 @@ def test_1024_random_features_unless_told_otherwise():
         )
     ]
     assert values[0] == values[1] == values[2]
+
+
+def test_random_features_are_drawn():
+    x = [torch.randn(20, 3) + m for m in range(2)]
+    found = [
+        mmd_loss(
+            x,
+            estimator="random_features",
+            num_features=5,
+            generator=torch.Generator().manual_seed(seed),
+        ).item()
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
