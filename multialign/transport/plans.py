@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple, Protocol
 
@@ -248,15 +248,10 @@ class _Triangle:
         if found is None:
             return self._in_logs().evaluate(potentials, epsilon)
         log_total, marginals, tables = found
-        hessian: Hessian
-        if _is_dense(self._scaling):
-            hessian = DenseHessian(self._scaling, partial(self._matrix, marginals, tables))
-        else:
-            singles = marginals.to(self.dtype).split(self._problem.sizes, -1)
-            edges = dict(zip(_TRIANGLE, tables, strict=True))
-            known = Beliefs(log_total, dict(enumerate(singles)), edges)
-            hessian = PairwiseHessian(self._scaling, known)
-        return Evaluation(log_total, marginals, hessian, None)
+        singles = marginals.to(self.dtype).split(self._problem.sizes, -1)
+        edges = dict(zip(_TRIANGLE, tables, strict=True))
+        known = Beliefs(log_total, dict(enumerate(singles)), edges)
+        return Evaluation(log_total, marginals, _hessian(self._scaling, known), None)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         if self._logs is not None:
@@ -318,14 +313,6 @@ class _Triangle:
         x += half[self._columns].unsqueeze(-2)
         tables: Sequence[Tensor] = torch.threshold_(x, self._floor, -math.inf).exp_().unbind(0)
         return tables
-
-    def _matrix(self, marginals: Tensor, tables: Sequence[Tensor]) -> Tensor:
-        """Return H; a Cholesky factor is made from the lower triangle alone."""
-        matrix = marginals.to(self.dtype).diag_embed()
-        blocks = matrix.view(-1, 3, self._size, 3, self._size)
-        for (p, q), table in zip(_TRIANGLE, tables, strict=True):
-            blocks[:, q, :, p] = table.mT
-        return matrix
 
     def _in_logs(self) -> _Table | _Pairwise:
         if self._logs is None:
