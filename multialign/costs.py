@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
-from multialign.ops import polar_product
+from multialign.ops import nuclear_norms, nuclear_norms_backward
 
 __all__ = ["bures_wasserstein_cost", "squared_euclidean_cost"]
 
@@ -212,12 +212,8 @@ def _bures(i: _Factored, j: _Factored) -> Tensor:
     """Return Tr(S_i + S_j - 2 (S_i^1/2 S_j S_i^1/2)^1/2) for every two matrices."""
     # The last trace is the sum of the singular values of S_j^1/2 S_i^1/2: no square is formed
     # and undone, so that small eigenvalues keep their digits.
-    product = j.root.unsqueeze(-4) @ i.root.unsqueeze(-3)
-    rounding = max(i.rounding, j.rounding)
-    needed = torch.is_grad_enabled() and product.requires_grad
-    fidelity, _ = _NuclearNorm.apply(
-        product, i.values, i.vectors, j.values, j.vectors, rounding, needed
-    )
+    needed = torch.is_grad_enabled() and (i.root.requires_grad or j.root.requires_grad)
+    fidelity, _ = _NuclearNorm.apply(*i[1:4], *j[1:4], max(i.rounding, j.rounding), needed)
     bures: Tensor = i.trace.unsqueeze(-1) + j.trace.unsqueeze(-2) - 2 * fidelity
     # Rounding may leave it just below 0. Its gradient there is as good as above, so it is kept.
     return bures + (bures.clamp_min(0) - bures).detach()
@@ -296,48 +292,62 @@ def _solve_lyapunov(values: Tensor, vectors: Tensor, b: Tensor) -> Tensor:
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """Sums of the singular values of square matrices; the gradient of each is its polar factor.
+    """Sums of the singular values of the products R_j R_i of every two of two sets of roots.
 
-    The second result, the polar factors, is for the backward pass alone.
+    The gradient of each by the product is its polar factor. The second result is for the backward
+    pass alone.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        product: Tensor,
+        root_i: Tensor,
         values_i: Tensor,
         vectors_i: Tensor,
+        root_j: Tensor,
         values_j: Tensor,
         vectors_j: Tensor,
         rounding: float,
         needed: bool,
     ) -> tuple[Tensor, Tensor]:
-        product, poison = _poison(product)
-        batch = product.shape[:-4]
-        norms, factors = polar_product(
-            *(
-                part.reshape(batch.numel(), *part.shape[len(batch) :])
-                for part in (product, values_i, vectors_i, values_j, vectors_j)
-            ),
+        batch = root_i.shape[:-3]
+        (root_i, poison_i), (root_j, poison_j) = _poison(root_i), _poison(root_j)
+        parts = root_i, values_i, vectors_i, root_j, values_j, vectors_j
+        norms, kept = nuclear_norms(
+            *(part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in parts),
             rounding,
             needed,
         )
-        norms = norms.reshape(product.shape[:-2]) + poison[..., 0, 0]
-        return norms, factors.reshape(product.shape) + poison if needed else factors
+        poison = poison_i[..., 0] + poison_j[..., 0].mT
+        return norms.reshape(poison.shape) + poison, kept.reshape((*poison.shape, -1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[0], output[1])
-        ctx.known = inputs[-1]
+        ctx.save_for_backward(*inputs[:2], *inputs[3:5], output[1])
+        ctx.rounding, ctx.known = inputs[-2:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        matrix, factor = ctx.saved_tensors
+        root_i, values_i, root_j, values_j, kept = ctx.saved_tensors
+        (root_i, poison_i), (root_j, poison_j) = _poison(root_i), _poison(root_j)
+        # A cost that is not finite has no gradient; it must not spoil those of the others.
+        grad = torch.where(grad == 0, grad, grad + poison_i[..., 0] + poison_j[..., 0].mT)
         if torch.is_grad_enabled() or not ctx.known:
-            factor = _PolarFactor.apply(matrix)
-        return grad[..., None, None] * factor, None, None, None, None, None, None
+            factor = _PolarFactor.apply(root_j.unsqueeze(-4) @ root_i.unsqueeze(-3))
+            factor = grad[..., None, None] * factor
+            by_i = (root_j.unsqueeze(-4) @ factor).sum(-3)
+            by_j = (factor @ root_i.unsqueeze(-3)).sum(-4)
+        else:
+            batch = grad.shape[:-2]
+            parts = grad, root_i, values_i, root_j, values_j, kept
+            by_i, by_j = nuclear_norms_backward(
+                *(part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in parts),
+                ctx.rounding,
+            )
+            by_i, by_j = by_i.reshape(root_i.shape), by_j.reshape(root_j.shape)
+        return by_i, None, None, by_j, None, None, None, None
 
 
 class _PolarFactor(torch.autograd.Function):

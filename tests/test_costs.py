@@ -177,9 +177,12 @@ def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", [0.0, 1e-6, 1e-2])
 def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypatch):
-    """A space of 3 + 4 dimensions stands for all 30, values and both gradients."""
+    """Spaces of 1 + 4 to 9 + 9 dimensions stand for all 30, values and both gradients."""
     means = [torch.randn(2, count, 30, dtype=dtype) for count in (2, 3)]
-    factors = [torch.randn(2, k, 30, r).requires_grad_() for k, r in ((2, 3), (3, 4))]
+    factors = [torch.randn(2, k, 30, 9) for k in (2, 3)]
+    factors[0][:, 0, :, 1:] = 0
+    factors[1][:, 1, :, 4:] = 0
+    factors = [factor.requires_grad_() for factor in factors]
 
     def cost():
         i, j = ((a @ a.mT + floor * torch.eye(30)).to(dtype) for a in factors)
@@ -198,7 +201,7 @@ def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypa
     few = cost()
     monkeypatch.setattr(polar, "_LARGEST_SHARE", -1.0)
     whole = cost()
-    assert sizes == [7, 30]
+    assert sizes == [8, 16, 30, 30]
     # Without a floor, eigenvalues that are 0 up to rounding have roots of the root of that.
     tolerance = (4 if floor == 0 else 1) * torch.finfo(dtype).eps ** 0.5
     for a, b in zip(few, whole, strict=True):
@@ -221,6 +224,16 @@ def test_non_finite_covariance_gives_non_finite_cost():
     cost = bures_wasserstein_cost(means, covariances, means, covariances)
     assert cost[0, 0].isfinite()
     assert cost[1].isnan().all()
+
+
+def test_non_finite_covariance_leaves_other_gradients_alone():
+    means, covariances = torch.randn(2, 3), random_covariances(2, 3)
+    expected = covariances.clone().requires_grad_()
+    bures_wasserstein_cost(means, expected, means, expected)[0, 0].backward()
+    covariances[1, 0, 0] = torch.nan
+    covariances.requires_grad_()
+    bures_wasserstein_cost(means, covariances, means, covariances)[0, 0].backward()
+    torch.testing.assert_close(covariances.grad, expected.grad)
 
 
 def test_errors():

@@ -3,7 +3,7 @@
 from multialign.ops.backend import Backend, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
-from multialign.ops.polar import polar_product
+from multialign.ops.polar import nuclear_norms, nuclear_norms_backward
 from multialign.ops.products import LogProduct, log_product
 from multialign.ops.reference import log, logsumexp, real
 from multialign.ops.small import solve_small
@@ -16,7 +16,8 @@ __all__ = [
     "log",
     "log_product",
     "logsumexp",
-    "polar_product",
+    "nuclear_norms",
+    "nuclear_norms_backward",
     "real",
     "register_batched_vmap",
     "solve_small",
