@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -651,18 +651,28 @@ def _like(number: Tensor, covariances: Tensor) -> Tensor:
 def start_parameters(
     means: Tensor, data: Standardised, covariance_type: CovarianceType
 ) -> Parameters:
-    """Return a mixture of the given means, with the data's variances and equal weights."""
+    """Return a mixture of the given means, with the data's variances and equal weights.
+
+    For "full" it holds the diagonals of the covariances, with which EM may begin; see
+    `with_matrices`.
+    """
     *batch, count, _ = means.shape
     variance = data.variance + data.floor
-    if covariance_type == "diag":
-        covariances = variance.expand_as(means)
-    elif covariance_type == "spherical":
+    if covariance_type == "spherical":
         covariances = variance.mean(-1).expand(*batch, count)
     elif covariance_type == "tied":
         covariances = torch.diag_embed(variance.squeeze(-2))
     else:
-        covariances = torch.diag_embed(variance.expand_as(means))
+        covariances = variance.expand_as(means)
     return Parameters(means.new_full((*batch, count), 1 / count), means, covariances)
+
+
+def with_matrices(parameters: Parameters, covariance_type: CovarianceType) -> Parameters:
+    """Return a mixture as it is held, where "full" may have come with diagonals."""
+    _, means, covariances = parameters
+    if covariance_type == "full" and covariances.ndim == means.ndim:
+        return parameters._replace(covariances=torch.diag_embed(covariances))
+    return parameters
 
 
 def fit_standard(
@@ -714,23 +724,12 @@ def _iterate(
         if tolerance == 0:
             return updated, iterations, steps < 0
         return updated, int(steps.max()), steps < iterations
-    state = start
-    done = torch.zeros(data.x.shape[:-2], dtype=torch.bool, device=data.x.device)
-    previous: Tensor | None = None
-    for count in range(1, iterations + 1):
-        updated, likelihood = _em_step(data, state, covariance_type, ranks)
-        if tolerance == 0:
-            state = updated
-            continue
-        state = _where(done, state, updated)
-        if previous is not None:
-            # NaN never converges, and the result shows it: there is nothing to wait for.
-            change = (likelihood - previous).abs()
-            done = done | (change < tolerance) | change.isnan()
-            if bool(done.all()):
-                return state, count, done
-        previous = likelihood
-    return state, iterations, done
+    if iterations == 0:
+        start = with_matrices(start, covariance_type)
+        return start, 0, torch.zeros(data.x.shape[:-2], dtype=torch.bool, device=data.x.device)
+    space = _space(data, start, covariance_type, ranks)
+    state, count, done = _walk(space, iterations, tolerance)
+    return space.mixture(state), count, done
 
 
 def _axes_alone(covariance_type: CovarianceType, regularization: float) -> bool:
@@ -786,58 +785,226 @@ def _axis_aligned(
     return Parameters(weights, means, covariances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
-def _em_step(
-    data: Standardised, state: Parameters, covariance_type: CovarianceType, ranks: Ranks
-) -> tuple[Parameters, Tensor]:
-    """Return the next state and the mean log-likelihood of this one.
+class _Expected(NamedTuple):
+    """Where EM is after an E-step."""
 
-    Deviations are taken from the new means: E x^2 - mu^2 would lose the variance of a narrow
-    component to rounding.
-    """
-    x, mass, floor = data.x, data.mass, data.floor
-    check_entries(
-        state.means.numel() * x.shape[-2],  # deviations of all samples from all means
-        'use covariance_type="diag" or "spherical" with the default regularization, which need no '
-        "such table, fewer samples, or projected features",
-    )
-    log_joint = _log_joint(x, state, covariance_type)
-    responsibilities = mass.unsqueeze(-1) * log_joint.softmax(-1)
-    with torch.no_grad():
-        likelihood = (mass * log_joint.logsumexp(-1)).sum(-1)
-    weights, means, likelihood = ranks.sum(
-        [responsibilities.sum(-2), responsibilities.mT @ x, likelihood]
-    )
-    dead = weights <= torch.finfo(x.dtype).eps
-    safe = torch.where(dead, 1.0, weights)
-    means = torch.where(dead.unsqueeze(-1), state.means, means / safe.unsqueeze(-1))
-    total = weights.sum(-1, keepdim=True)
-    absent = total == 0
-    weights = torch.where(absent, state.weights, weights)
+    joint: Tensor
+    """The mass of each sample times its posteriors, `(*batch, N, K)`."""
+    kept: Parameters
+    """The mixture of the E-step: a component that no sample belongs to stays as it is there."""
+    untouched: Tensor
+    """Which components of that mixture are those EM began with, `(*batch, K)`."""
 
-    if covariance_type in ("diag", "spherical"):
-        deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
-        (scatter,) = ranks.sum([(responsibilities.unsqueeze(-1) * deviation.square()).sum(-3)])
-        covariances = scatter / safe.unsqueeze(-1) + floor
-        dead = dead.unsqueeze(-1)
-        if covariance_type == "spherical":
-            covariances, dead = covariances.mean(-1), dead.squeeze(-1)
-    else:
-        deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
-        shares = responsibilities
-        if covariance_type == "full":
-            shares = shares / safe.unsqueeze(-2)
-        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
-        if covariance_type == "tied":
-            scatter = scatter.sum(-3)
-        (scatter,) = ranks.sum([scatter])
-        diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        if covariance_type == "tied":
-            covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
+
+_State = TypeVar("_State", Parameters, _Expected)
+
+
+class _Space:
+    """Steps of EM from a mixture, in the coordinates of the samples."""
+
+    def __init__(
+        self, data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
+    ) -> None:
+        self._data, self._type, self._ranks = data, covariance_type, ranks
+        self._first = _log_density(data.x, start, covariance_type)
+        self._start = with_matrices(start, covariance_type)
+
+    def begin(self) -> tuple[_Expected, Tensor]:
+        """Return the first E-step, and the mean log-likelihood of the start, without gradient."""
+        untouched = torch.ones_like(self._start.weights, dtype=torch.bool)
+        log_joint = log(self._start.weights).unsqueeze(-2) + self._first
+        return self._expected(log_joint, self._start, untouched)
+
+    def step(self, state: _Expected) -> tuple[_Expected, Tensor]:
+        """Return the E-step after the M-step, and the same of the mixture between them."""
+        mixture, untouched = self._maximise(self._data, state.joint, state.kept, state.untouched)
+        log_joint = _log_joint(self._data.x, mixture, self._type)
+        return self._expected(log_joint, mixture, untouched)
+
+    def mixture(self, state: _Expected) -> Parameters:
+        """Return the mixture of the next M-step, in the coordinates of the samples."""
+        return self._maximise(self._data, state.joint, state.kept, state.untouched)[0]
+
+    def end(self, state: _Expected) -> tuple[Parameters, Tensor]:
+        """Return that mixture with the joint probabilities of its E-step."""
+        after, _ = self.step(state)
+        return after.kept, after.joint
+
+    def _expected(
+        self, log_joint: Tensor, mixture: Parameters, untouched: Tensor
+    ) -> tuple[_Expected, Tensor]:
+        mass = self._data.mass
+        joint = mass.unsqueeze(-1) * log_joint.softmax(-1)
+        with torch.no_grad():
+            (likelihood,) = self._ranks.sum([(mass * log_joint.logsumexp(-1)).sum(-1)])
+        return _Expected(joint, mixture, untouched), likelihood.detach()
+
+    def _maximise(
+        self, data: Standardised, joint: Tensor, kept: Parameters, untouched: Tensor
+    ) -> tuple[Parameters, Tensor]:
+        """Return the mixture of an M-step, and which of its components are untouched.
+
+        Deviations are taken from the new means: E x^2 - mu^2 would lose the variance of a narrow
+        component to rounding.
+        """
+        x, floor = data.x, data.floor
+        check_entries(
+            kept.means.numel() * x.shape[-2],  # deviations of all samples from all means
+            'use covariance_type="diag" or "spherical" with the default regularization, which need '
+            "no such table, fewer samples, or projected features",
+        )
+        weights, means = self._ranks.sum([joint.sum(-2), joint.mT @ x])
+        dead = weights <= torch.finfo(x.dtype).eps
+        untouched = untouched & dead
+        safe = torch.where(dead, 1.0, weights)
+        means = torch.where(dead.unsqueeze(-1), kept.means, means / safe.unsqueeze(-1))
+        absent = weights.sum(-1, keepdim=True) == 0
+        weights = torch.where(absent, kept.weights, weights)
+
+        if self._type in ("diag", "spherical"):
+            deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
+            (scatter,) = self._ranks.sum([(joint.unsqueeze(-1) * deviation.square()).sum(-3)])
+            covariances = scatter / safe.unsqueeze(-1) + floor
+            dead = dead.unsqueeze(-1)
+            if self._type == "spherical":
+                covariances, dead = covariances.mean(-1), dead.squeeze(-1)
         else:
-            covariances = scatter + floor.unsqueeze(-1) * diagonal
-            dead = dead[..., None, None]
-    covariances = torch.where(dead, state.covariances, covariances)
-    return Parameters(weights, means, covariances), likelihood.detach()
+            deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
+            shares = joint / safe.unsqueeze(-2) if self._type == "full" else joint
+            scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
+            if self._type == "tied":
+                scatter = scatter.sum(-3)
+            (scatter,) = self._ranks.sum([scatter])
+            diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            if self._type == "tied":
+                covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
+            else:
+                covariances = scatter + floor.unsqueeze(-1) * diagonal
+                dead = dead[..., None, None]
+        covariances = torch.where(dead, kept.covariances, covariances)
+        return Parameters(weights, means, covariances), untouched
+
+
+class _Narrow(_Space):
+    """Steps of EM for full covariances of N < D samples, in the N dimensions that they span.
+
+    Across these dimensions all covariances that an M-step made equal their floor, and the samples
+    and means made of them agree. So densities differ from those in N dimensions by one constant,
+    and a step takes K N^3 operations instead of K N D^2 + K D^3. Components that no sample ever
+    belonged to have the densities of the first E-step, which is in D dimensions; so is the last
+    M-step.
+    """
+
+    def __init__(
+        self, data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
+    ) -> None:
+        super().__init__(data, start, covariance_type, ranks)
+        self._basis = torch.linalg.qr(data.x.detach().mT).Q
+        self._narrow = data._replace(x=_Coordinates.apply(data.x, self._basis))
+        across = data.x.shape[-1] - self._basis.shape[-1]
+        self._across = -0.5 * across * (math.log(2 * math.pi) + data.floor.log())
+
+    def begin(self) -> tuple[_Expected, Tensor]:
+        state, likelihood = super().begin()
+        means = self._start.means @ self._basis
+        inner = self._basis.mT.unsqueeze(-3) @ self._start.covariances @ self._basis.unsqueeze(-3)
+        return state._replace(kept=Parameters(self._start.weights, means, inner)), likelihood
+
+    def step(self, state: _Expected) -> tuple[_Expected, Tensor]:
+        mixture, untouched = self._maximise(self._narrow, state.joint, state.kept, state.untouched)
+        density = _log_density(self._narrow.x, mixture, self._type) + self._across
+        density = torch.where(untouched.unsqueeze(-2), self._first, density)
+        return self._expected(density + log(mixture.weights).unsqueeze(-2), mixture, untouched)
+
+    def mixture(self, state: _Expected) -> Parameters:
+        weights, means, inner = state.kept
+        basis = self._basis.unsqueeze(-3)
+        floor = self._data.floor.unsqueeze(-1)
+        covariances = basis @ (inner - floor * torch.eye(inner.shape[-1]).to(inner)) @ basis.mT
+        covariances = covariances + floor * torch.eye(basis.shape[-2]).to(inner)
+        there = state.untouched.unsqueeze(-1)
+        kept = Parameters(
+            weights,
+            torch.where(there, self._start.means, means @ self._basis.mT),
+            torch.where(there.unsqueeze(-1), self._start.covariances, covariances),
+        )
+        return self._maximise(self._data, state.joint, kept, state.untouched)[0]
+
+    def end(self, state: _Expected) -> tuple[Parameters, Tensor]:
+        return self.mixture(state), self.step(state)[0].joint
+
+
+class _Coordinates(torch.autograd.Function):
+    """Coordinates X B of samples X in an orthonormal basis B of a space that holds them all.
+
+    What is made of the Gram matrix X X^T has the right first derivative with B as a constant,
+    since only changes within that space reach it. The second one would be wrong in silence.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, basis: Tensor) -> Tensor:
+        return x @ basis
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (basis,) = ctx.saved_tensors
+        differentiate = _FirstOnly.apply if torch.is_grad_enabled() else _FirstOnly.forward
+        return differentiate(grad, basis), None
+
+
+class _FirstOnly(torch.autograd.Function):
+    """The derivative of `_Coordinates`, which has none itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, basis: Tensor) -> Tensor:
+        return grad @ basis.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        raise RuntimeError(
+            'EM for covariance_type="full" has first derivatives only where samples are fewer than '
+            "features"
+        )
+
+
+def _walk(space: _Space, iterations: int, tolerance: float) -> tuple[_Expected, int, Tensor]:
+    """Return where EM is before its last M-step; for the rest see `_iterate`."""
+    state, previous = space.begin()
+    done = torch.zeros_like(previous, dtype=torch.bool)
+    for count in range(2, iterations + 1):
+        updated, likelihood = space.step(state)
+        if tolerance == 0:
+            state = updated
+            continue
+        state = _where(done, state, updated)
+        # NaN never converges, and the result shows it: there is nothing to wait for.
+        change = (likelihood - previous).abs()
+        done = done | (change < tolerance) | change.isnan()
+        if bool(done.all()):
+            return state, count, done
+        previous = likelihood
+    return state, iterations, done
+
+
+def _space(
+    data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
+) -> _Space:
+    """Return the coordinates in which steps are fastest."""
+    rows, dim = data.x.shape[-2:]
+    narrow = covariance_type == "full" and 0 < rows < dim and ranks.group is None
+    return (_Narrow if narrow else _Space)(data, start, covariance_type, ranks)
 
 
 def fit_with_posterior(
@@ -857,6 +1024,10 @@ def fit_with_posterior(
             data, start, data.floor, covariance_type, iterations, 0.0, True, ranks
         )
         return fitted, held
+    if differentiate == "unroll" and iterations > 0:
+        space = _space(data, start, covariance_type, ranks)
+        fitted, joint = space.end(_walk(space, iterations, 0.0)[0])
+        return fitted, _held(data, joint, ranks)
     grad = torch.is_grad_enabled() and differentiate != "none"
     with torch.set_grad_enabled(grad):
         fitted = fit_standard(data, start, covariance_type, iterations, 0.0, differentiate, ranks)
@@ -872,6 +1043,11 @@ def posterior_moments(
         _, held, _ = _axis_aligned(data, state, floor, covariance_type, 0, 0.0, True, ranks)
         return held
     joint = data.mass.unsqueeze(-1) * _log_joint(data.x, state, covariance_type).softmax(-1)
+    return _held(data, joint, ranks)
+
+
+def _held(data: Standardised, joint: Tensor, ranks: Ranks) -> PosteriorMoments:
+    """Return the moments of samples under joint probabilities `(*batch, N, K)`."""
     weights, means = ranks.sum([joint.sum(-2), joint.mT @ data.x])
     means = means / torch.where(weights == 0, 1.0, weights).unsqueeze(-1)
     (scatters,) = ranks.sum([(joint * squared_euclidean_cost(data.x, means)).sum(-2)])
@@ -917,20 +1093,29 @@ def _merge(
     return as_mixture(chosen, old.covariance_type)
 
 
-def _where(condition: Tensor, yes: Parameters, no: Parameters) -> Parameters:
+def _where(condition: Tensor, yes: _State, no: _State) -> _State:
     """Choose between two states for each problem of the batch."""
-    return Parameters(
-        *(
-            torch.where(condition.reshape(*condition.shape, *[1] * (a.ndim - condition.ndim)), a, b)
-            for a, b in zip(yes, no, strict=True)
-        )
-    )
+    return cast("_State", _choose(condition, yes, no))
+
+
+def _choose(condition: Tensor, yes: Any, no: Any) -> Any:
+    if isinstance(yes, Tensor):
+        shape = *condition.shape, *[1] * (yes.ndim - condition.ndim)
+        return torch.where(condition.reshape(shape), yes, no)
+    return type(yes)(*(_choose(condition, a, b) for a, b in zip(yes, no, strict=True)))
 
 
 def _log_joint(x: Tensor, state: Parameters, covariance_type: CovarianceType) -> Tensor:
     """Return log pi_k + log N(x_n; mu_k, Sigma_k), `(*batch, N, K)`: Eq. 2 and 4."""
-    weights, means, covariances = state
+    return log(state.weights).unsqueeze(-2) + _log_density(x, state, covariance_type)
+
+
+def _log_density(x: Tensor, state: Parameters, covariance_type: CovarianceType) -> Tensor:
+    """Return log N(x_n; mu_k, Sigma_k), `(*batch, N, K)`; "full" takes diagonals as well."""
+    _, means, covariances = state
     dim = x.shape[-1]
+    if covariance_type == "full" and covariances.ndim == means.ndim:
+        covariance_type = "diag"
     if covariance_type == "spherical":
         deviation = covariances.sqrt().unsqueeze(-2)
         # Divided twice: the square of a variance may leave the range in the gradient.
@@ -947,8 +1132,7 @@ def _log_joint(x: Tensor, state: Parameters, covariance_type: CovarianceType) ->
     else:
         distance, log_det, _ = _FullDistance.apply(x, means, covariances)
         log_det = log_det.unsqueeze(-2)
-    log_density = -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
-    return log(weights).unsqueeze(-2) + log_density
+    return -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
 
 
 class _FullDistance(torch.autograd.Function):

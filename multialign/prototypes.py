@@ -45,6 +45,7 @@ from multialign.mixture import (
     standardise,
     start_parameters,
     to_standard,
+    with_matrices,
 )
 from multialign.ops import Backend
 from multialign.transport.solution import TransportSolution
@@ -476,6 +477,7 @@ def _fit(
             begin = _seeds(samples, data, counts, options, ranks)
         if starts is not None and any(start is not None for start in starts):
             if any(start is None for start in starts):
+                begin = [with_matrices(start, options.covariance_type) for start in begin]
                 seeds = _unstack(
                     [from_standard(s, d, dtype) for s, d in zip(begin, data, strict=True)]
                 )

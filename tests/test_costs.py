@@ -177,15 +177,15 @@ def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", [0.0, 1e-6, 1e-2])
 def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypatch):
-    """Spaces of 1 + 4 to 9 + 9 dimensions stand for all 30, values and both gradients."""
-    means = [torch.randn(2, count, 30, dtype=dtype) for count in (2, 3)]
-    factors = [torch.randn(2, k, 30, 9) for k in (2, 3)]
+    """Spaces of 1 + 4 to 9 + 9 dimensions stand for all 40, values and both gradients."""
+    means = [torch.randn(2, count, 40, dtype=dtype) for count in (2, 3)]
+    factors = [torch.randn(2, k, 40, 9) for k in (2, 3)]
     factors[0][:, 0, :, 1:] = 0
     factors[1][:, 1, :, 4:] = 0
     factors = [factor.requires_grad_() for factor in factors]
 
     def cost():
-        i, j = ((a @ a.mT + floor * torch.eye(30)).to(dtype) for a in factors)
+        i, j = ((a @ a.mT + floor * torch.eye(40)).to(dtype) for a in factors)
         value = bures_wasserstein_cost(means[0], i, means[1], j)
         weights = torch.arange(value.numel()).view_as(value)
         return value.detach(), *torch.autograd.grad((weights * value).sum(), factors)
@@ -201,7 +201,7 @@ def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypa
     few = cost()
     monkeypatch.setattr(polar, "_LARGEST_SHARE", -1.0)
     whole = cost()
-    assert sizes == [8, 16, 30, 30]
+    assert sizes == [8, 16, 40, 40]
     # Without a floor, eigenvalues that are 0 up to rounding have roots of the root of that.
     tolerance = (4 if floor == 0 else 1) * torch.finfo(dtype).eps ** 0.5
     for a, b in zip(few, whole, strict=True):

@@ -11,6 +11,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.autograd import gradcheck
 
 from multialign import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
+from multialign import mixture as mixture_module
 from tests import reference
 
 TYPES = ("diag", "full", "tied", "spherical")
@@ -451,3 +452,109 @@ def test_errors():
         random_mixture(2, 3, "diag").log_prob(x)
     with pytest.raises(ValueError, match=r"momentum must be None or in \(0, 1\]; got 2.0"):
         GaussianPrototypes(3, momentum=2.0)
+
+
+class TestFewerSamplesThanFeatures:
+    """Full covariances are fitted in the space of the samples: as if in that of the features."""
+
+    @pytest.fixture
+    def in_all_dimensions(self, monkeypatch):
+        def switch():
+            monkeypatch.setattr(mixture_module, "_Narrow", mixture_module._Space)
+
+        return switch
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"iterations": 1, "tolerance": 0.0},
+            {"iterations": 2, "tolerance": 0.0},
+            {"iterations": 6, "tolerance": 0.0, "regularization": 1e-2},
+            {"iterations": 50, "tolerance": 1e-3},
+            {"iterations": 50, "tolerance": 1e-3, "differentiate": "last"},
+            {"iterations": 3, "tolerance": 0.0, "differentiate": "last"},
+        ],
+    )
+    @pytest.mark.parametrize("start", ["kmeans++", "mixture"])
+    def test_mixture_and_gradient_are_those_in_all_dimensions(
+        self, options, start, in_all_dimensions
+    ):
+        x = torch.randn(2, 7, 9, requires_grad=True)
+        weights = torch.rand(2, 7)
+        weights[1, 2] = 0
+        weights.requires_grad_()
+        init = start
+        if start == "mixture":
+            init = random_mixture(3, 9, "full", (2,))
+            # One that no sample belongs to.
+            init = replace(init, means=init.means + 1e3 * torch.eye(3, 9))
+            init.means[:, 1:] -= 1e3 * torch.eye(3, 9)[1:]
+
+        def fit():
+            mixture = fit_gaussian_mixture(
+                x,
+                3,
+                covariance_type="full",
+                weights=weights,
+                init=init,
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            )
+            parts = mixture.weights, mixture.means, mixture.covariances
+            generator = torch.Generator().manual_seed(1)
+            total = sum(
+                (part * torch.randn(part.shape, generator=generator)).sum() for part in parts
+            )
+            return *parts, *torch.autograd.grad(total, (x, weights))
+
+        narrow = fit()
+        in_all_dimensions()
+        for a, b in zip(narrow, fit(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+    def test_gradcheck(self):
+        x = torch.randn(4, 6, requires_grad=True)
+        start = random_mixture(2, 6, "full")
+
+        def fit(x):
+            mixture = fit_gaussian_mixture(
+                x,
+                2,
+                covariance_type="full",
+                init=start,
+                iterations=3,
+                tolerance=0.0,
+                regularization=0.1,
+            )
+            return mixture.weights, mixture.means, mixture.covariances
+
+        assert gradcheck(fit, (x,))
+
+    def test_second_derivatives_are_refused(self):
+        x = torch.randn(4, 6, requires_grad=True)
+        options = {"covariance_type": "full", "tolerance": 0.0}
+        mixture = fit_gaussian_mixture(x, 2, iterations=3, **options)
+        (grad,) = torch.autograd.grad(mixture.covariances.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="samples are fewer than features"):
+            grad.square().sum().backward()
+
+    def test_steps_are_taken_in_the_space_of_the_samples(self, monkeypatch):
+        dimensions = []
+        whiten = mixture_module._whiten
+
+        def record(covariances):
+            dimensions.append(covariances.shape[-1])
+            return whiten(covariances)
+
+        monkeypatch.setattr(mixture_module, "_whiten", record)
+        options = {"covariance_type": "full", "iterations": 4, "tolerance": 0.0}
+        fit_gaussian_mixture(torch.randn(5, 40), 2, **options)
+        assert dimensions == [5, 5, 5]
+
+    def test_samples_in_one_place_or_on_a_line(self):
+        for x in (torch.ones(3, 5), torch.arange(3.0).unsqueeze(-1) * torch.ones(5)):
+            x = x.double().requires_grad_()
+            mixture = fit_gaussian_mixture(x, 2, covariance_type="full")
+            (grad,) = torch.autograd.grad(mixture.covariances.sum() + mixture.means.sum(), x)
+            assert mixture.covariances.isfinite().all()
+            assert grad.isfinite().all()

@@ -298,6 +298,16 @@ def test_degenerate_samples(case, covariance_type):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("covariance_type", ["diag", "full", "tied", "spherical"])
+def test_a_modality_may_appear_after_others_are_remembered(covariance_type):
+    x = features((12, 12))
+    module = PrototypeAlignmentLoss(2, momentum=0.5, covariance_type=covariance_type)
+    module(x, [None, torch.zeros(12)])
+    parts = module.solve(x)
+    assert parts.loss.isfinite()
+    assert all(part.weights.sum() == pytest.approx(1.0) for part in parts.mixtures)
+
+
 def test_what_has_no_weight_is_not_computed(monkeypatch):
     x = [f.requires_grad_() for f in features((8, 8))]
     both = PrototypeAlignmentLoss(2, **seeded()).solve(x)
