@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ __all__ = ["GaussianMixture", "GaussianPrototypes", "fit_gaussian_mixture"]
 CovarianceType = Literal["diag", "full", "tied", "spherical"]
 Differentiate = Literal["unroll", "last", "none"]
 Init = Literal["kmeans++", "random"]
+
+_S = TypeVar("_S")
 
 # Of a component in posteriors, relative to the data: rounding leaves a variance no less than that.
 _SMALLEST_VARIANCE = 1e-10
@@ -727,9 +729,9 @@ def _iterate(
     if iterations == 0:
         start = with_matrices(start, covariance_type)
         return start, 0, torch.zeros(data.x.shape[:-2], dtype=torch.bool, device=data.x.device)
-    space = _space(data, start, covariance_type, ranks)
-    state, count, done = _walk(space, iterations, tolerance)
-    return space.mixture(state), count, done
+    way = _steps(data, start, covariance_type, ranks)
+    state, count, done = _walk(way, data, iterations, tolerance, ranks)
+    return way.mixture(state), count, done
 
 
 def _axes_alone(covariance_type: CovarianceType, regularization: float) -> bool:
@@ -785,226 +787,291 @@ def _axis_aligned(
     return Parameters(weights, means, covariances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
+class _Steps(Protocol[_S]):
+    """EM as E-steps, each but the first after the M-step of the one before."""
+
+    def begin(self) -> tuple[_S, Tensor]:
+        """Return the first E-step, and log pi_k + log N(x_n) under the mixture it is of."""
+
+    def step(self, state: _S) -> tuple[_S, Tensor]:
+        """Return the same one step on."""
+
+    def mixture(self, state: _S) -> Parameters:
+        """Return the mixture of the M-step to come."""
+
+    def end(self, state: _S) -> tuple[Parameters, Tensor]:
+        """Return that mixture, and the joint probabilities `(*batch, N, K)` under it."""
+
+
 class _Expected(NamedTuple):
-    """Where EM is after an E-step."""
+    """An E-step."""
 
     joint: Tensor
     """The mass of each sample times its posteriors, `(*batch, N, K)`."""
-    kept: Parameters
-    """The mixture of the E-step: a component that no sample belongs to stays as it is there."""
-    untouched: Tensor
-    """Which components of that mixture are those EM began with, `(*batch, K)`."""
+    mixture: Parameters
+    """What it is of: a component that no sample belongs to stays as it is there."""
 
 
-_State = TypeVar("_State", Parameters, _Expected)
-
-
-class _Space:
-    """Steps of EM from a mixture, in the coordinates of the samples."""
+class _Plain:
+    """Steps of EM as they stand in the books."""
 
     def __init__(
         self, data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
     ) -> None:
-        self._data, self._type, self._ranks = data, covariance_type, ranks
-        self._first = _log_density(data.x, start, covariance_type)
-        self._start = with_matrices(start, covariance_type)
+        self._data, self._start, self._ranks = data, start, ranks
+        self._type: CovarianceType = covariance_type
 
     def begin(self) -> tuple[_Expected, Tensor]:
-        """Return the first E-step, and the mean log-likelihood of the start, without gradient."""
-        untouched = torch.ones_like(self._start.weights, dtype=torch.bool)
-        log_joint = log(self._start.weights).unsqueeze(-2) + self._first
-        return self._expected(log_joint, self._start, untouched)
+        log_joint = _log_joint(self._data.x, self._start, self._type)
+        mixture = with_matrices(self._start, self._type)
+        return _Expected(_joint(self._data, log_joint), mixture), log_joint
 
     def step(self, state: _Expected) -> tuple[_Expected, Tensor]:
-        """Return the E-step after the M-step, and the same of the mixture between them."""
-        mixture, untouched = self._maximise(self._data, state.joint, state.kept, state.untouched)
+        mixture = self.mixture(state)
         log_joint = _log_joint(self._data.x, mixture, self._type)
-        return self._expected(log_joint, mixture, untouched)
+        return _Expected(_joint(self._data, log_joint), mixture), log_joint
 
     def mixture(self, state: _Expected) -> Parameters:
-        """Return the mixture of the next M-step, in the coordinates of the samples."""
-        return self._maximise(self._data, state.joint, state.kept, state.untouched)[0]
+        return _maximise(self._data, state.joint, state.mixture, self._type, self._ranks)
 
     def end(self, state: _Expected) -> tuple[Parameters, Tensor]:
-        """Return that mixture with the joint probabilities of its E-step."""
         after, _ = self.step(state)
-        return after.kept, after.joint
+        return after.mixture, after.joint
 
-    def _expected(
-        self, log_joint: Tensor, mixture: Parameters, untouched: Tensor
-    ) -> tuple[_Expected, Tensor]:
-        mass = self._data.mass
-        joint = mass.unsqueeze(-1) * log_joint.softmax(-1)
-        with torch.no_grad():
-            (likelihood,) = self._ranks.sum([(mass * log_joint.logsumexp(-1)).sum(-1)])
-        return _Expected(joint, mixture, untouched), likelihood.detach()
 
-    def _maximise(
-        self, data: Standardised, joint: Tensor, kept: Parameters, untouched: Tensor
-    ) -> tuple[Parameters, Tensor]:
-        """Return the mixture of an M-step, and which of its components are untouched.
+def _joint(data: Standardised, log_joint: Tensor) -> Tensor:
+    return data.mass.unsqueeze(-1) * log_joint.softmax(-1)
 
-        Deviations are taken from the new means: E x^2 - mu^2 would lose the variance of a narrow
-        component to rounding.
-        """
-        x, floor = data.x, data.floor
-        check_entries(
-            kept.means.numel() * x.shape[-2],  # deviations of all samples from all means
-            'use covariance_type="diag" or "spherical" with the default regularization, which need '
-            "no such table, fewer samples, or projected features",
-        )
-        weights, means = self._ranks.sum([joint.sum(-2), joint.mT @ x])
-        dead = weights <= torch.finfo(x.dtype).eps
-        untouched = untouched & dead
-        safe = torch.where(dead, 1.0, weights)
-        means = torch.where(dead.unsqueeze(-1), kept.means, means / safe.unsqueeze(-1))
-        absent = weights.sum(-1, keepdim=True) == 0
-        weights = torch.where(absent, kept.weights, weights)
 
-        if self._type in ("diag", "spherical"):
-            deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
-            (scatter,) = self._ranks.sum([(joint.unsqueeze(-1) * deviation.square()).sum(-3)])
-            covariances = scatter / safe.unsqueeze(-1) + floor
-            dead = dead.unsqueeze(-1)
-            if self._type == "spherical":
-                covariances, dead = covariances.mean(-1), dead.squeeze(-1)
+def _maximise(
+    data: Standardised,
+    joint: Tensor,
+    kept: Parameters,
+    covariance_type: CovarianceType,
+    ranks: Ranks,
+) -> Parameters:
+    """Return the mixture of an M-step, with components of `kept` where no sample belongs to one.
+
+    Deviations are taken from the new means: E x^2 - mu^2 would lose the variance of a narrow
+    component to rounding.
+    """
+    x, floor = data.x, data.floor
+    _check_deviations(x, kept.means)
+    weights, means = ranks.sum([joint.sum(-2), joint.mT @ x])
+    dead = weights <= torch.finfo(x.dtype).eps
+    safe = torch.where(dead, 1.0, weights)
+    means = torch.where(dead.unsqueeze(-1), kept.means, means / safe.unsqueeze(-1))
+    absent = weights.sum(-1, keepdim=True) == 0
+    weights = torch.where(absent, kept.weights, weights)
+
+    if covariance_type in ("diag", "spherical"):
+        deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
+        (scatter,) = ranks.sum([(joint.unsqueeze(-1) * deviation.square()).sum(-3)])
+        covariances = scatter / safe.unsqueeze(-1) + floor
+        dead = dead.unsqueeze(-1)
+        if covariance_type == "spherical":
+            covariances, dead = covariances.mean(-1), dead.squeeze(-1)
+    else:
+        deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
+        shares = joint / safe.unsqueeze(-2) if covariance_type == "full" else joint
+        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
+        if covariance_type == "tied":
+            scatter = scatter.sum(-3)
+        (scatter,) = ranks.sum([scatter])
+        diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        if covariance_type == "tied":
+            covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
         else:
-            deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
-            shares = joint / safe.unsqueeze(-2) if self._type == "full" else joint
-            scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
-            if self._type == "tied":
-                scatter = scatter.sum(-3)
-            (scatter,) = self._ranks.sum([scatter])
-            diagonal = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-            if self._type == "tied":
-                covariances, dead = scatter + floor * diagonal, absent.unsqueeze(-1)
-            else:
-                covariances = scatter + floor.unsqueeze(-1) * diagonal
-                dead = dead[..., None, None]
-        covariances = torch.where(dead, kept.covariances, covariances)
-        return Parameters(weights, means, covariances), untouched
+            covariances = scatter + floor.unsqueeze(-1) * diagonal
+            dead = dead[..., None, None]
+    covariances = torch.where(dead, kept.covariances, covariances)
+    return Parameters(weights, means, covariances)
 
 
-class _Narrow(_Space):
+def _check_deviations(x: Tensor, means: Tensor) -> None:
+    """Raise before there are too many deviations of all samples from all means."""
+    check_entries(
+        means.numel() * x.shape[-2],
+        'use covariance_type="diag" or "spherical" with the default regularization, which need no '
+        "such table, fewer samples, or projected features",
+    )
+
+
+class _Shared(NamedTuple):
+    """An E-step, of a mixture that is known by the shares of the samples in its components."""
+
+    joint: Tensor
+    """The mass of each sample times its posteriors, `(*batch, N, K)`."""
+    weights: Tensor
+    """Of the mixture, `(*batch, K)`."""
+    shares: Tensor
+    """Their means are these weighted means of the samples, `(*batch, N, K)`, and so their
+    covariances, plus the floor; 0 for components that are those EM began with."""
+
+
+class _Narrow:
     """Steps of EM for full covariances of N < D samples, in the N dimensions that they span.
 
-    Across these dimensions all covariances that an M-step made equal their floor, and the samples
-    and means made of them agree. So densities differ from those in N dimensions by one constant,
-    and a step takes K N^3 operations instead of K N D^2 + K D^3. Components that no sample ever
-    belonged to have the densities of the first E-step, which is in D dimensions; so is the last
-    M-step.
+    Across these dimensions the covariances of an M-step equal their floor, and samples and means
+    agree. So densities differ from those in N dimensions by one constant, and a step takes K N^3
+    operations instead of K N D^2 + K D^3. A component that no sample has belonged to yet has the
+    densities of the first E-step.
     """
 
-    def __init__(
-        self, data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
-    ) -> None:
-        super().__init__(data, start, covariance_type, ranks)
+    def __init__(self, data: Standardised, start: Parameters) -> None:
+        _check_deviations(data.x, start.means)
+        self._data, self._start = data, with_matrices(start, "full")
+        self._first = _log_density(data.x, start, "full")
         self._basis = torch.linalg.qr(data.x.detach().mT).Q
-        self._narrow = data._replace(x=_Coordinates.apply(data.x, self._basis))
-        across = data.x.shape[-1] - self._basis.shape[-1]
-        self._across = -0.5 * across * (math.log(2 * math.pi) + data.floor.log())
+        self._narrow = data.x.detach() @ self._basis
+        dim, across = data.x.shape[-1], data.x.shape[-1] - self._basis.shape[-1]
+        self._constant = -0.5 * (dim * math.log(2 * math.pi) + across * data.floor.log())
 
-    def begin(self) -> tuple[_Expected, Tensor]:
-        state, likelihood = super().begin()
-        means = self._start.means @ self._basis
-        inner = self._basis.mT.unsqueeze(-3) @ self._start.covariances @ self._basis.unsqueeze(-3)
-        return state._replace(kept=Parameters(self._start.weights, means, inner)), likelihood
+    def begin(self) -> tuple[_Shared, Tensor]:
+        weights = self._start.weights
+        log_joint = log(weights).unsqueeze(-2) + self._first
+        joint = _joint(self._data, log_joint)
+        return _Shared(joint, weights, torch.zeros_like(joint)), log_joint
 
-    def step(self, state: _Expected) -> tuple[_Expected, Tensor]:
-        mixture, untouched = self._maximise(self._narrow, state.joint, state.kept, state.untouched)
-        density = _log_density(self._narrow.x, mixture, self._type) + self._across
-        density = torch.where(untouched.unsqueeze(-2), self._first, density)
-        return self._expected(density + log(mixture.weights).unsqueeze(-2), mixture, untouched)
-
-    def mixture(self, state: _Expected) -> Parameters:
-        weights, means, inner = state.kept
-        basis = self._basis.unsqueeze(-3)
-        floor = self._data.floor.unsqueeze(-1)
-        covariances = basis @ (inner - floor * torch.eye(inner.shape[-1]).to(inner)) @ basis.mT
-        covariances = covariances + floor * torch.eye(basis.shape[-2]).to(inner)
-        there = state.untouched.unsqueeze(-1)
-        kept = Parameters(
-            weights,
-            torch.where(there, self._start.means, means @ self._basis.mT),
-            torch.where(there.unsqueeze(-1), self._start.covariances, covariances),
+    def step(self, state: _Shared) -> tuple[_Shared, Tensor]:
+        weights, shares, untouched = self._maximise(state)
+        density, _, _ = _NarrowDensity.apply(
+            self._data.x, shares, self._data.floor, self._narrow, self._basis
         )
-        return self._maximise(self._data, state.joint, kept, state.untouched)[0]
+        density = torch.where(untouched, self._first, density + self._constant)
+        log_joint = log(weights).unsqueeze(-2) + density
+        return _Shared(_joint(self._data, log_joint), weights, shares), log_joint
 
-    def end(self, state: _Expected) -> tuple[Parameters, Tensor]:
+    def mixture(self, state: _Shared) -> Parameters:
+        weights, shares, untouched = self._maximise(state)
+        there = untouched.mT
+        means = torch.where(there, self._start.means, shares.mT @ self._data.x)
+        deviation = self._data.x.unsqueeze(-3) - means.unsqueeze(-2)
+        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
+        diagonal = torch.eye(means.shape[-1], dtype=means.dtype, device=means.device)
+        covariances = scatter + self._data.floor.unsqueeze(-1) * diagonal
+        covariances = torch.where(there.unsqueeze(-1), self._start.covariances, covariances)
+        return Parameters(weights, means, covariances)
+
+    def end(self, state: _Shared) -> tuple[Parameters, Tensor]:
         return self.mixture(state), self.step(state)[0].joint
 
+    def _maximise(self, state: _Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights, shares, and which components are untouched, `(*batch, 1, K)`."""
+        weights = state.joint.sum(-2, keepdim=True)
+        dead = weights <= torch.finfo(weights.dtype).eps
+        shares = torch.where(dead, state.shares, state.joint / torch.where(dead, 1.0, weights))
+        weights = torch.where((weights == 0).all(-1), state.weights, weights.squeeze(-2))
+        return weights, shares, (shares == 0).all(-2, keepdim=True)
 
-class _Coordinates(torch.autograd.Function):
-    """Coordinates X B of samples X in an orthonormal basis B of a space that holds them all.
 
-    What is made of the Gram matrix X X^T has the right first derivative with B as a constant,
-    since only changes within that space reach it. The second one would be wrong in silence.
+class _NarrowDensity(torch.autograd.Function):
+    """Log-densities of samples, but for a constant, under Gaussians made of shares of them.
+
+    They are functions of the Gram matrix of the samples alone, which a change of a sample across
+    the space of all changes in second order only. So the basis of that space is a constant for the
+    first derivative; the second would be wrong in silence.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, basis: Tensor) -> Tensor:
-        return x @ basis
+    def forward(
+        x: Tensor, shares: Tensor, floor: Tensor, narrow: Tensor, basis: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        share = shares.mT
+        deviation = narrow.unsqueeze(-3) - (share @ narrow).unsqueeze(-2)
+        covariances = (share.unsqueeze(-1) * deviation).mT @ deviation
+        covariances.diagonal(dim1=-2, dim2=-1).add_(floor)
+        whitening, log_det = _whiten(covariances)
+        distance = (deviation @ whitening.mT).square().sum(-1)
+        return -0.5 * (distance + log_det.unsqueeze(-1)).mT, deviation, whitening
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[1:2], *inputs[3:], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (basis,) = ctx.saved_tensors
-        differentiate = _FirstOnly.apply if torch.is_grad_enabled() else _FirstOnly.forward
-        return differentiate(grad, basis), None
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        derivative = _NarrowDerivative.apply if torch.is_grad_enabled() else _narrow_derivative
+        return *derivative(grad, *ctx.saved_tensors), None, None
 
 
-class _FirstOnly(torch.autograd.Function):
-    """The derivative of `_Coordinates`, which has none itself."""
+def _narrow_derivative(
+    grad: Tensor,
+    shares: Tensor,
+    narrow: Tensor,
+    basis: Tensor,
+    deviation: Tensor,
+    whitening: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the derivatives by samples, shares and floor."""
+    share = shares.mT.unsqueeze(-1)
+    grad = -0.5 * grad.mT.unsqueeze(-1)
+    solved = deviation @ whitening.mT @ whitening
+    weighted = grad * solved
+    by_covariances = grad.sum(-2, keepdim=True) * (whitening.mT @ whitening) - weighted.mT @ solved
+    moved = deviation @ by_covariances
+    by_deviation = 2 * (weighted + share * moved)
+    by_means = -by_deviation.sum(-2)
+    by_shares = (deviation * moved).sum(-1).mT + narrow @ by_means.mT
+    by_narrow = by_deviation.sum(-3) + shares @ by_means
+    by_floor = by_covariances.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    return by_narrow @ basis.mT, by_shares, by_floor[..., None, None]
+
+
+class _NarrowDerivative(torch.autograd.Function):
+    """The derivative where a graph of it is wanted. Its own is not there."""
 
     generate_vmap_rule = True
+    forward = staticmethod(_narrow_derivative)
 
     @staticmethod
-    def forward(grad: Tensor, basis: Tensor) -> Tensor:
-        return grad @ basis.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             'EM for covariance_type="full" has first derivatives only where samples are fewer than '
             "features"
         )
 
 
-def _walk(space: _Space, iterations: int, tolerance: float) -> tuple[_Expected, int, Tensor]:
+def _walk(
+    steps: _Steps[_S], data: Standardised, iterations: int, tolerance: float, ranks: Ranks
+) -> tuple[_S, int, Tensor]:
     """Return where EM is before its last M-step; for the rest see `_iterate`."""
-    state, previous = space.begin()
-    done = torch.zeros_like(previous, dtype=torch.bool)
-    for count in range(2, iterations + 1):
-        updated, likelihood = space.step(state)
+    state, log_joint = steps.begin()
+    done = torch.zeros(data.x.shape[:-2], dtype=torch.bool, device=data.x.device)
+    previous: Tensor | None = None
+    for count in range(1, iterations + 1):
+        if count > 1:
+            updated, log_joint = steps.step(state)
+            state = updated if tolerance == 0 else _where(done, state, updated)
         if tolerance == 0:
-            state = updated
             continue
-        state = _where(done, state, updated)
-        # NaN never converges, and the result shows it: there is nothing to wait for.
-        change = (likelihood - previous).abs()
-        done = done | (change < tolerance) | change.isnan()
-        if bool(done.all()):
-            return state, count, done
+        likelihood = (data.mass * log_joint.detach().logsumexp(-1)).sum(-1).detach()
+        (likelihood,) = ranks.sum([likelihood])
+        if previous is not None:
+            # NaN never converges, and the result shows it: there is nothing to wait for.
+            change = (likelihood - previous).abs()
+            done = done | (change < tolerance) | change.isnan()
+            if bool(done.all()):
+                return state, count, done
         previous = likelihood
     return state, iterations, done
 
 
-def _space(
+def _steps(
     data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks
-) -> _Space:
-    """Return the coordinates in which steps are fastest."""
+) -> _Steps[Any]:
+    """Return the way of taking steps that is fastest."""
     rows, dim = data.x.shape[-2:]
-    narrow = covariance_type == "full" and 0 < rows < dim and ranks.group is None
-    return (_Narrow if narrow else _Space)(data, start, covariance_type, ranks)
+    if covariance_type == "full" and 0 < rows < dim and ranks.group is None:
+        return _Narrow(data, start)
+    return _Plain(data, start, covariance_type, ranks)
 
 
 def fit_with_posterior(
@@ -1025,8 +1092,8 @@ def fit_with_posterior(
         )
         return fitted, held
     if differentiate == "unroll" and iterations > 0:
-        space = _space(data, start, covariance_type, ranks)
-        fitted, joint = space.end(_walk(space, iterations, 0.0)[0])
+        way = _steps(data, start, covariance_type, ranks)
+        fitted, joint = way.end(_walk(way, data, iterations, 0.0, ranks)[0])
         return fitted, _held(data, joint, ranks)
     grad = torch.is_grad_enabled() and differentiate != "none"
     with torch.set_grad_enabled(grad):
@@ -1093,9 +1160,9 @@ def _merge(
     return as_mixture(chosen, old.covariance_type)
 
 
-def _where(condition: Tensor, yes: _State, no: _State) -> _State:
+def _where(condition: Tensor, yes: _S, no: _S) -> _S:
     """Choose between two states for each problem of the batch."""
-    return cast("_State", _choose(condition, yes, no))
+    return cast("_S", _choose(condition, yes, no))
 
 
 def _choose(condition: Tensor, yes: Any, no: Any) -> Any:
