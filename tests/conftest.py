@@ -61,3 +61,11 @@ def defaults(request):
     yield
     torch.set_default_device(None)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def transformers_with_models():
+    """Skip where the transformers installed has no models for so old a torch."""
+    transformers = pytest.importorskip("transformers")
+    if not transformers.utils.is_torch_available():
+        pytest.skip(f"transformers {transformers.__version__} has no models for this torch")

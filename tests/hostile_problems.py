@@ -117,7 +117,8 @@ def build(recipe: Recipe) -> Problem:
         weight = _weights(recipe.weights[m], (*recipe.batch, size), rng)
         if weight is not None:
             weight = weight if weight.dtype == torch.bool else weight.to(dtype)
-            x = torch.where(weight.unsqueeze(-1) == 0, x.new_full((), recipe.junk), x)
+            junk = torch.tensor(recipe.junk, dtype=torch.float64).to(dtype)
+            x = torch.where(weight.unsqueeze(-1) == 0, junk, x)
         x = _laid_out(x, recipe.layouts[m])
         features.append(x.requires_grad_(recipe.wanted[m]))
         weights.append(weight)

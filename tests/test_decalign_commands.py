@@ -238,7 +238,7 @@ def write_wave(path, sound, rate, channels=1):
 
 
 @pytest.fixture
-def encoders(tmp_path):
+def encoders(tmp_path, transformers_with_models):
     """Save a tiny BERT with its tokenizer and a tiny wav2vec 2.0."""
     text, sound = tmp_path / "bert", tmp_path / "wav2vec"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]

@@ -362,7 +362,7 @@ def test_hostile_checkpoints_are_refused(witness, tmp_path):
             main(command)
 
 
-def test_hostile_text_encoders_are_refused(witness, tmp_path):
+def test_hostile_text_encoders_are_refused(witness, tmp_path, transformers_with_models):
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertModel(BertConfig(vocab_size=20, intermediate_size=8, **tiny))
     model.config.save_pretrained(tmp_path)

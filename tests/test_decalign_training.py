@@ -47,7 +47,7 @@ def samples(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory):
+def bert(tmp_path_factory, transformers_with_models):
     """Return the folder of a tiny random BERT."""
     folder = str(tmp_path_factory.mktemp("bert"))
     with torch.random.fork_rng(), torch.device("cpu"):

@@ -51,10 +51,16 @@ def test_choosing_a_backend(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton'; got 1"):
         choose_backend(1, x)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "_INSTALLED", False)
-    with pytest.raises(RuntimeError, match="triton, which is not installed here"):
+    monkeypatch.setattr(backend, "_VERSION", None)
+    with pytest.raises(RuntimeError, match="triton 3.6 or newer, which is not installed here"):
         choose_backend("triton", x)
-    monkeypatch.setattr(backend, "_INSTALLED", True)
+    monkeypatch.setattr(backend, "_VERSION", "3.5.1")
+    with pytest.raises(RuntimeError, match="triton 3.6 or newer, but 3.5.1 is installed"):
+        choose_backend("triton", x)
+    for version in ("3.6.0", "3.10.0+git1", ""):
+        monkeypatch.setattr(backend, "_VERSION", version)
+        with pytest.raises(RuntimeError, match="needs a CUDA tensor"):
+            choose_backend("triton", x)
     with pytest.raises(RuntimeError, match="needs a CUDA tensor .* got one on cpu"):
         choose_backend("triton", x)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -173,7 +173,7 @@ def runs(tmp_path_factory):
             )
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["threads"] == threads
-            found[threads, attempt] = torch.load(path)
+            found[threads, attempt] = torch.load(path, weights_only=True)
     return found
 
 

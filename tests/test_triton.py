@@ -19,7 +19,7 @@ import torch
 from multialign import multi_marginal_sinkhorn
 from multialign.ops.gaussian import _stream
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", "3.6", reason="triton is not installed, or older than 3.6")
 from multialign.ops import _triton
 from multialign.ops._triton import small
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -16,15 +18,36 @@ __all__ = ["Backend", "choose_backend"]
 Backend = Literal["auto", "torch", "triton"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The oldest triton that the kernels are written for; torch 2.10 brings it.
+_OLDEST = (3, 6)
+
+
+def _triton_version() -> str | None:
+    """Return the version of triton, "" for one that does not tell; None if it is not installed."""
+    if find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return ""
+
+
+def _is_old(found: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < _OLDEST
+
+
 # Looked up once, without importing it.
-_INSTALLED = find_spec("triton") is not None
+_VERSION = _triton_version()
 
 
 def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
     """Return the backend that will work on `tensor`: a named one, or for "auto" the best there is.
 
-    Triton is the best for CUDA tensors, where it is installed. With TRITON_INTERPRET=1 in the
-    environment "triton", if named, runs on CPU tensors too.
+    Triton is the best for CUDA tensors, where it is installed and new enough. With
+    TRITON_INTERPRET=1 in the environment "triton", if named, runs on CPU tensors too.
 
     Raises:
         ValueError: The name is unknown.
@@ -33,15 +56,19 @@ def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton
     check_choice("backend", backend, ("auto", "torch", "triton"))
     if backend == "torch":
         return "torch"
-    runs = _INSTALLED and tensor.is_cuda and tensor.dtype in _DTYPES
+    there = _VERSION is not None and not _is_old(_VERSION)
+    runs = there and tensor.is_cuda and tensor.dtype in _DTYPES
     if backend == "auto":
         return "triton" if runs else "torch"
     if runs:
         return "triton"
-    if not _INSTALLED:
+    if not there:
+        state = (
+            "which is not installed here" if _VERSION is None else f"but {_VERSION} is installed"
+        )
         raise RuntimeError(
-            'backend="triton" needs the package triton, which is not installed here; '
-            'use backend="torch" or "auto"'
+            f'backend="triton" needs the package triton 3.6 or newer, {state}; '
+            f'use backend="torch" or "auto"'
         )
     if tensor.dtype not in _DTYPES:
         raise RuntimeError(
