@@ -22,6 +22,7 @@ from multialign.ops.gaussian import _stream
 pytest.importorskip("triton", reason="triton is not installed")
 from multialign.ops import _triton
 from multialign.ops._triton import small
+from multialign.transport import elimination, plans, solver
 
 ROOT = Path(__file__).parents[1]
 # The interpreter computes with numpy, which warns of log 0 and of inf - inf.
@@ -480,6 +481,100 @@ def test_what_fits():
     assert not _triton.fits_small([33, 2], 1, torch.float32)
     assert not _triton.fits_small([2] * 5, 1, torch.float32)
     assert not _triton.fits_small([2, 2], 1, torch.float16)
+
+
+# -- The solver on the kernels --------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Solve small problems as large ones, and collect the names of the kernels that are called."""
+    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
+    monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
+    monkeypatch.setattr(plans, "_LARGE_ENTRIES", 0)
+    monkeypatch.setattr(solver, "solve_small", lambda *args: None)
+    names = []
+
+    def remembered(name, kernel):
+        return lambda *args: names.append(name) or kernel(*args)
+
+    for name in ("log_matmul", "log_matmul_reduce", "log_matvec"):
+        monkeypatch.setattr(_triton, name, remembered(name, getattr(_triton, name)))
+    return names
+
+
+def dense_plan(costs, marginals, epsilon, sweeps=500):
+    """Return the plan by sweeps over all its entries, in float64."""
+    sizes = [m.shape[-1] for m in marginals]
+    count = len(sizes)
+    plan = (-joint_cost(costs, sizes) / epsilon.double().reshape(-1, *[1] * count)).exp()
+    for p in sweeps * list(range(count)):
+        now = plan.sum([1 + q for q in range(count) if q != p])
+        ratio = torch.where(now == 0, 0, marginals[p].double() / now)
+        plan = plan * ratio.reshape(-1, *[sizes[q] if q == p else 1 for q in range(count)])
+    return plan
+
+
+SUMS, PRODUCTS = {"log_matvec"}, {"log_matmul", "log_matmul_reduce"}
+GRAPHS = {
+    "two": ((5, 3), None, SUMS),
+    "chain": ((2, 3, 2), [(0, 1), (1, 2)], SUMS),
+    "triangle": ((5, 3, 4), None, SUMS | PRODUCTS),
+    "cycle": ((2, 2, 2, 3), [(0, 1), (1, 2), (2, 3), (0, 3)], SUMS | PRODUCTS),
+    "four": ((2, 3, 2, 2), None, PRODUCTS),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "tolerance"),
+    [("sinkhorn", torch.float64, 1e-6), ("newton", torch.float32, 1e-4)],
+)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_solutions_by_kernels(name, method, dtype, tolerance, calls):
+    sizes, edges, expected = GRAPHS[name]
+    costs, marginals, epsilon = problem(sizes, edges, batch=2, relative=0.5, dtype=dtype)
+    marginals[0][1, 0] = 0  # an atom without mass
+    results = []
+    for backend in ("triton", "torch"):
+        found = multi_marginal_sinkhorn(
+            costs, marginals, epsilon, backend=backend, method=method, tolerance=tolerance
+        )
+        assert found.converged.all()
+        assert set(calls) == expected
+        results.append(found.plan())
+    marginals = [m / m.sum(-1, keepdim=True) for m in marginals]
+    results.append(dense_plan(costs, marginals, epsilon).to(dtype))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=tolerance)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "edges", "expected"),
+    [
+        # Of three marginals two are set from one table, the third without.
+        ((31, 7, 3), None, ["log_matmul", "log_matvec", "log_matvec", "log_matmul_reduce"]),
+        # A tree is swept without a table,
+        ((3, 1, 31), [(0, 1), (1, 2)], ["log_matvec"] * 5),
+        # and so is what is left of four marginals while one is held.
+        ((3, 2, 2, 2), None, ["log_matmul_reduce"] * 4),
+    ],
+    ids=str,
+)
+def test_a_sweep_by_kernels(sizes, edges, expected, calls):
+    costs, marginals, epsilon = problem(sizes, edges, batch=2)
+    tables = {edge: -cost / epsilon[:, None, None] for edge, cost in costs.items()}
+    unaries = [torch.randn_like(m) for m in marginals]
+    unaries[0][0, 1], marginals[0][0, 1] = -INF, 0
+    wanted = [m.log() for m in marginals]
+    found = elimination.sweep(unaries, tables, wanted, "triton")
+    assert calls == expected
+    exact = elimination.sweep(
+        [x.double() for x in unaries],
+        {edge: table.double() for edge, table in tables.items()},
+        [x.double() for x in wanted],
+    )
+    for one, other in zip(found, exact):
+        assert_near(one, other, torch.float32)
 
 
 # -- Gaussian forms -------------------------------------------------------------------------------

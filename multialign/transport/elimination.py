@@ -388,13 +388,12 @@ class _Sweep:
         j, neighbours, _ = self._steps[n]
         if outer is None:
             return torch.zeros_like(self._x[j])
-        near = self._table(j, neighbours[0])
-        assert near is not None
         if len(neighbours) == 1:
-            return log_matvec(near, outer, self._backend)
-        far = self._table(j, neighbours[1])
-        assert far is not None
-        return log_matmul_reduce(far, outer.mT, near, self._backend)
+            table = self._table(j, neighbours[0])
+            assert table is not None
+            return log_matvec(table, outer, self._backend)
+        outer, far, near = self._triangle(n, outer, neighbours[0])
+        return log_matmul_reduce(far.mT, outer.mT, near.mT, self._backend)
 
     def _said_to(self, n: int, outer: Tensor | None, i: int) -> Tensor:
         """Return the same to a variable and its neighbour i, `(B, K_i, K_j)` (or 1 for K_j)."""
@@ -402,18 +401,24 @@ class _Sweep:
         j, neighbours, _ = self._steps[n]
         if len(neighbours) == 1:
             return outer.unsqueeze(-1)
-        (k,) = set(neighbours) - {i}
+        outer, far, near = self._triangle(n, outer, i)
         half = self._own(j).unsqueeze(-2) / 2
+        product = log_product(outer, far + half, near + half, self._backend)
+        return torch.where(half == -math.inf, -math.inf, product.values - half)
+
+    def _triangle(self, n: int, outer: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors of (i, k), (k, j) and (i, j), with i and k the neighbours of j."""
+        j, neighbours, _ = self._steps[n]
+        (k,) = set(neighbours) - {i}
         near, far = self._table(i, j), self._table(k, j)
         assert near is not None
         assert far is not None
-        product = log_product(
-            outer if i < k else outer.mT,
-            far + half,
-            near + half,
-            self._backend,
-        )
-        return torch.where(half == -math.inf, -math.inf, product.values - half)
+        # `outer` has the whole potential of k; with half of it in either factor, the two are large
+        # at the same places, and far fewer entries of their product are below the exponent range.
+        half = self._own(k) / 2
+        half = torch.where(half == -math.inf, 0.0, half)
+        outer = outer if i < k else outer.mT
+        return outer - half.unsqueeze(-2), far + half.unsqueeze(-1), near
 
     def _message(self, n: int) -> Tensor:
         j, neighbours, _ = self._steps[n]
