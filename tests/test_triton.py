@@ -404,8 +404,8 @@ def problem(sizes, edges=None, batch=1, relative=0.05, dtype=torch.float32):
     costs = {edge: squares(points[edge[0]], points[edge[1]]) for edge in edges}
     marginals = [torch.rand(batch, size) + 0.1 for size in sizes]
     marginals = [m / m.sum(-1, keepdim=True) for m in marginals]
-    deviation = sum(cost.var() for cost in costs.values() if cost.numel() > 1).sqrt()
-    epsilon = relative * deviation * torch.ones(batch)
+    deviation = torch.stack([cost.var(correction=0) for cost in costs.values()]).sum().sqrt()
+    epsilon = relative * deviation.clamp_min(1.0) * torch.ones(batch)
     return (
         {e: c.to(dtype) for e, c in costs.items()},
         [m.to(dtype) for m in marginals],

@@ -352,9 +352,11 @@ def _blocks(
 ) -> dict[str, Any]:
     """Return the largest tiles that spill no registers and make a program per multiprocessor.
 
-    `plain` is a product alone; what follows it in the other kernels needs registers too.
+    `plain` is a product alone; what follows it in the other kernels needs registers too, and so do
+    rows that do not begin at multiples of 16.
     """
     rows, _, columns = sizes
+    plain = plain and all(size % 16 == 0 for size in sizes)
     tall, wide = (128 if plain else 64, 128) if dtype == torch.float32 else (64, 64)
     while wide > 32 and batch * cdiv(rows, tall) * cdiv(columns, wide) < MULTIPROCESSORS:
         tall = wide = wide // 2
