@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -70,6 +71,11 @@ class Table:
         self.file = (folder / "gpu.csv").open("w", newline="")
         self.writer = csv.DictWriter(self.file, [*COLUMNS, *self.where])
         self.writer.writeheader()
+
+    def stop(self) -> None:
+        """End the run in the middle of a measurement; the rows before it are written."""
+        print("stopped: out of time", flush=True)
+        os._exit(1)
 
     def synchronize(self) -> None:
         """Wait for the card."""
@@ -353,6 +359,7 @@ def ott_solver(points: list[Tensor], epsilon: float) -> Callable[[], Any]:
     mmsinkhorn = importlib.import_module("ott.experimental.mmsinkhorn")
     if points[0].is_cuda and jax.default_backend() != "gpu":
         raise RuntimeError(f"jax sees no GPU, only {jax.default_backend()}")
+    jax.config.update("jax_default_matmul_precision", "highest")
     solver = mmsinkhorn.MMSinkhorn(threshold=TOLERANCE)
     arrays = tuple(jax.numpy.asarray(p[0].tolist()) for p in points)
     compiled = jax.jit(lambda x: solver(x, epsilon=epsilon))
@@ -431,18 +438,32 @@ def large_solves(table: Table, device: str, sizes: Iterable[int], ott_to: int) -
             table.measure, f"solve to {TOLERANCE}", f"K = {size}, M = 3, B = 1", seconds=3.0
         )
 
-        def solve(backend: str, args: Any = (costs, marginals, epsilon)) -> Any:
-            return multi_marginal_sinkhorn(*args, tolerance=TOLERANCE, backend=backend)
+        def solve(
+            backend: str, method: str = "auto", args: Any = (costs, marginals, epsilon)
+        ) -> Any:
+            return multi_marginal_sinkhorn(
+                *args, tolerance=TOLERANCE, method=method, backend=backend
+            )
 
         run("multialign", partial(solve, "auto"), describe=solution_of)
         run("multialign torch", partial(solve, "torch"), describe=solution_of)
+        if size <= 1024:
+            for name, backend in (
+                ("multialign Sinkhorn", "auto"),
+                ("multialign torch Sinkhorn", "torch"),
+            ):
+                run(name, partial(solve, backend, method="sinkhorn"), describe=solution_of)
         if size <= ott_to:
             make = partial(ott_solver, points, epsilon)
             run(f"{version('ott-jax')} (jit)", lazily(make), describe=ott_errors)
 
 
 def two_marginals(table: Table, device: str, size: int) -> None:
-    """Two clouds, forward, against the peers made for two; their epsilon counts |x-y|^2 / 2."""
+    """Two clouds, forward, against the peers made for two.
+
+    Their epsilon counts |x-y|^2 / 2. They follow a schedule, longer as `scaling` nears 1, and end
+    with it, whatever the error.
+    """
     x, y = (p[0] for p in clouds([size] * 2, 16, device))
     epsilon = default_epsilon(pair_costs([x[None], y[None]]))
     blur = (epsilon / 2) ** 0.5
@@ -454,15 +475,30 @@ def two_marginals(table: Table, device: str, size: int) -> None:
         lambda: multi_marginal_sinkhorn({(0, 1): cost}, ones, epsilon, tolerance=TOLERANCE),
         describe=solution_of,
     )
-    for name, module in (("geomloss", "geomloss"), ("flash-sinkhorn", "flash_sinkhorn")):
 
-        def make(module: str = module) -> Callable[[], Any]:
-            losses = importlib.import_module(module)
-            options = {"backend": "tensorized"} if module == "geomloss" else {}
-            loss = losses.SamplesLoss("sinkhorn", p=2, blur=blur, debias=False, **options)
-            return lambda: loss(x, y)
+    def describe(potentials: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        f, g = (potential.flatten().double() for potential in potentials)
+        plan = ((f[:, None] + g - cost.double() / 2) / blur**2).exp() / size**2
+        return {"error": sum(float((plan.sum(p) - 1 / size).abs().sum()) for p in (0, 1))}
 
-        run(version(name), lazily(make))
+    peers = {
+        "geomloss": ("geomloss", {"backend": "tensorized"}),
+        # The cost of geomloss, in float32.
+        "flash-sinkhorn": ("flash_sinkhorn", {"half_cost": True, "allow_tf32": False}),
+    }
+    for name, (module, options) in peers.items():
+        for scaling in (0.5, 0.9, 0.99):
+
+            def make(
+                module: str = module, options: dict[str, Any] = options | {"scaling": scaling}
+            ) -> Callable[[], Any]:
+                losses = importlib.import_module(module)
+                loss = losses.SamplesLoss(
+                    "sinkhorn", p=2, blur=blur, debias=False, potentials=True, **options
+                )
+                return lambda: loss(x, y)
+
+            run(f"{version(name)} (scaling {scaling})", lazily(make), describe=describe)
 
 
 # -- MMD ------------------------------------------------------------------------------------------
@@ -515,6 +551,9 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     torch.backends.cuda.matmul.allow_tf32 = False
     table = Table(options.folder, options.device, options.minutes)
+    watch = threading.Timer(60 * (options.minutes + 1.75), table.stop)
+    watch.daemon = True
+    watch.start()
     device, tiny = options.device, options.tiny
     if tiny:
         table.measure = partial(table.measure, seconds=0.0)

@@ -63,8 +63,10 @@ def matmul_gradient(dtype, size):
     _triton.log_matmul(a, b).sum().backward()
 
 
-def reduce(dtype, size):
-    _triton.log_matmul_reduce(*[zeros(size, size, dtype=dtype) for _ in range(3)])
+def reduce(dtype, size, turned=False):
+    """Turned: transposed tables, as a sweep has them."""
+    tables = [zeros(size, size, dtype=dtype) for _ in range(3)]
+    _triton.log_matmul_reduce(*[table.mT if turned else table for table in tables])
 
 
 def reduce_points(dtype, size):
@@ -73,8 +75,9 @@ def reduce_points(dtype, size):
     _triton.log_matmul_reduce_points(*points, *vectors, torch.ones(1, dtype=dtype))
 
 
-def matvec(dtype, size):
-    _triton.log_matvec(zeros(size, size, dtype=dtype), zeros(size, dtype=dtype))
+def matvec(dtype, size, turned=False):
+    table = zeros(size, size, dtype=dtype)
+    _triton.log_matvec(table.mT if turned else table, zeros(size, dtype=dtype))
 
 
 def matvec_points(dtype, size):
@@ -99,28 +102,37 @@ CASES = {
     "matmul 7": (matmul, SINGLE, 7),
     "matmul 1024": (matmul, SINGLE, 1024),
     "matmul 4096": (matmul, SINGLE, 4096),
+    "matmul 4095": (matmul, SINGLE, 4095),
     "matmul 4096 bfloat16": (matmul, HALF, 4096),
     "matmul 7 float64": (matmul, DOUBLE, 7),
     "matmul 1024 float64": (matmul, DOUBLE, 1024),
     "matmul gradient 512": (matmul_gradient, SINGLE, 512),
     "matmul gradient 512 float64": (matmul_gradient, DOUBLE, 512),
     "reduce 4096": (reduce, SINGLE, 4096),
+    "reduce 4096 turned": (reduce, SINGLE, 4096, True),
     "reduce 1024 float64": (reduce, DOUBLE, 1024),
     "reduce points 4096": (reduce_points, SINGLE, 4096),
     "reduce points 1024 float64": (reduce_points, DOUBLE, 1024),
     "matvec 4096": (matvec, SINGLE, 4096),
     "matvec 4096 float64": (matvec, DOUBLE, 4096),
+    "matvec 4096 turned": (matvec, SINGLE, 4096, True),
+    "matvec 4096 turned float64": (matvec, DOUBLE, 4096, True),
     "matvec points 4096": (matvec_points, SINGLE, 4096),
     "matvec points 4096 float64": (matvec_points, DOUBLE, 4096),
     "gaussian 300, D = 5": (gaussian, SINGLE, 300, 5),
     "gaussian 5000, D = 64": (gaussian, SINGLE, 5000, 64),
     "gaussian 5000, D = 300": (gaussian, SINGLE, 5000, 300),
+    "gaussian 5000, D = 64 float64": (gaussian, DOUBLE, 5000, 64),
+    "solve 7, M = 2": (small, SINGLE, 7, 2),
     "solve 7, M = 3": (small, SINGLE, 7, 3),
     "solve 7, M = 3, float64": (small, DOUBLE, 7, 3),
     "solve 7, M = 4": (small, SINGLE, 7, 4),
+    "solve 7, M = 4, full cost": (small, SINGLE, 7, 4, True),
     "solve 16, M = 3": (small, SINGLE, 16, 3),
     "solve 32, M = 3": (small, SINGLE, 32, 3),
+    "solve 32, M = 3, float64": (small, DOUBLE, 32, 3),
     "solve 32, M = 4": (small, SINGLE, 32, 4),
+    "solve 32, M = 4, full cost": (small, SINGLE, 32, 4, True),
 }
 
 

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from multialign.ops import backend, choose_backend, gaussian_form, log, logsumexp
+from multialign.ops import (
+    backend,
+    choose_backend,
+    gaussian_form,
+    log,
+    log_matmul_reduce,
+    log_matvec,
+    logsumexp,
+)
 from tests import reference
 
 
@@ -29,6 +37,30 @@ def test_logsumexp_of_nothing_has_no_gradient():
     y.exp().sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
     assert logsumexp(torch.tensor([torch.nan, -torch.inf]), 0).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 30.0, 5000.0])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 7, 2), (31, 40, 18)])
+def test_sums_of_products_are_right_at_any_range(sizes, spread, dtype):
+    i, j, k = sizes
+    shapes = [(2, i, j), (2, j, k), (2, i, k)]
+    a, b, weight = ((spread * torch.randn(shape)).to(dtype) for shape in shapes)
+    if j > 1:
+        a[0, 0], a[1, :, 1], b[1, 1], weight[0, 1] = (-torch.inf,) * 4
+        # One term alone, far below the maxima of its row and its column.
+        a[0, 2, :2], b[0, :2, 1] = torch.tensor([[0, -spread], [-2 * spread, 0]], dtype=dtype)
+        weight[0, 2], weight[0, 2, 1] = -torch.inf, 0
+    terms = a.double()[:, :, :, None] + b.double()[:, None] + weight.double()[:, :, None]
+    relative = 3e-6 if dtype == torch.float32 else 1e-11
+    tolerance = {"rtol": relative, "atol": relative}
+    torch.testing.assert_close(
+        log_matmul_reduce(a, b, weight, "torch"),
+        logsumexp(terms, (2, 3)).to(dtype),
+        **tolerance,
+    )
+    sums = logsumexp(a.double() + b.double()[:, None, :, 0], 2).to(dtype)
+    torch.testing.assert_close(log_matvec(a, b[..., 0], "torch"), sums, **tolerance)
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (3, 7, 2), (31, 129, 5), (600, 520, 3)])

@@ -4,7 +4,7 @@ from multialign.ops.backend import Backend, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
 from multialign.ops.polar import nuclear_norms, nuclear_norms_backward
-from multialign.ops.products import LogProduct, log_product
+from multialign.ops.products import LogProduct, log_matmul_reduce, log_matvec, log_product
 from multialign.ops.reference import log, logsumexp, real
 from multialign.ops.small import solve_small
 
@@ -14,6 +14,8 @@ __all__ = [
     "choose_backend",
     "gaussian_form",
     "log",
+    "log_matmul_reduce",
+    "log_matvec",
     "log_product",
     "logsumexp",
     "nuclear_norms",

@@ -13,8 +13,8 @@ shows that it cannot matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.functional import threshold
 
 from multialign.ops.reference import logsumexp, real
 
-__all__ = ["LogProduct", "StreamedProduct", "log_product"]
+__all__ = ["LogProduct", "StreamedProduct", "log_matmul_reduce", "log_matvec", "log_product"]
 
 # The relative error that dropped terms may cause.
 _LOSS = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-7}
@@ -31,6 +31,41 @@ _LOSS = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-7}
 _NEGLIGIBLE = {torch.float64: 1e-60, torch.complex128: 1e-60, torch.float32: 1e-18}
 # Entries of the tables that term-by-term sums work on at once.
 _CHUNK_ENTRIES = 2**22
+
+
+def log_matvec(a: Tensor, x: Tensor, backend: Literal["torch", "triton"]) -> Tensor:
+    """Return log sum_j exp(a_ij + x_j), `(B, I)`, of `a` `(B, I, J)` and `x` `(B, J)`.
+
+    The kernel reads `a` once and writes no table. It has no gradient.
+    """
+    if backend == "triton":
+        from multialign.ops import _triton as kernels
+
+        sums: Tensor = kernels.log_matvec(a, x)
+        return sums
+    return logsumexp(a + x.unsqueeze(-2), -1)
+
+
+def log_matmul_reduce(
+    a: Tensor, b: Tensor, weight: Tensor, backend: Literal["torch", "triton"]
+) -> Tensor:
+    """Return log sum_jk exp(a_ij + b_jk + weight_ik), `(B, I)`.
+
+    It is what three marginals with three pairwise costs say to one of them. The kernel writes no
+    table over i and k. It has no gradient.
+
+    Args:
+        a: `(B, I, J)`.
+        b: `(B, J, K)`.
+        weight: `(B, I, K)`.
+        backend: What works on these tensors.
+    """
+    if backend == "triton":
+        from multialign.ops import _triton as kernels
+
+        sums: Tensor = kernels.log_matmul_reduce(a, b, weight)
+        return sums
+    return logsumexp(LogProduct(a, b, weight, sums=(-1,)).values + weight, -1)
 
 
 def log_product(
@@ -65,11 +100,18 @@ class LogProduct:
 
     values: Tensor
 
-    def __init__(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor | None = None,
+        *,
+        sums: Sequence[Literal[-1, -2]] = (-1, -2),
+    ) -> None:
         """Multiply `a` `(B, I, J)` and `b` `(B, J, K)`.
 
         `weight` `(B, I, K)` is what will be added to the result: entries that then cannot matter
-        to the sum of exponentials over any row or column may be wrong. None: all are right.
+        to the sums of exponentials along `sums` may be wrong. None: all are right.
         """
         self._a, self._b = a, b
         self._shift, floor, bound = _limits(a.dtype, a.shape[-1])
@@ -85,7 +127,7 @@ class LogProduct:
         if not bool(unresolved.any()):
             return
         self._unresolved = unresolved
-        relevant = unresolved & self._relevant(tops, bound, weight)
+        relevant = unresolved & self._relevant(tops, bound, weight, sums)
         entries = relevant.nonzero(as_tuple=True)
         if len(entries[0]):
             self._entries = entries
@@ -118,16 +160,16 @@ class LogProduct:
             columns = columns.index_add(0, b * right.shape[2] + k, share)
         return rows.view_as(left), columns.unflatten(0, (len(left), -1)).mT
 
-    def _relevant(self, tops: Tensor, bound: float, weight: Tensor | None) -> Tensor:
+    def _relevant(
+        self, tops: Tensor, bound: float, weight: Tensor | None, sums: Sequence[int]
+    ) -> Tensor:
         """Return which entries can matter, if they are unresolved."""
         some = _live(self._a, -1) & _live(self._b, -2)
         if weight is None:
             return some
         weight = real(weight)
         least = real(self.values) + weight
-        least = torch.minimum(
-            logsumexp(least, -1).unsqueeze(-1), logsumexp(least, -2).unsqueeze(-2)
-        )
+        least = reduce(torch.minimum, [logsumexp(least, dim).unsqueeze(dim) for dim in sums])
         most = (real(self._mass) + bound * _LOSS[weight.dtype]).log() + tops + weight
         size = max(weight.shape[-2:])
         return some & (most > least + math.log(_LOSS[weight.dtype] / size))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from multialign import _validation
-from multialign.ops import log_product, logsumexp, real
+from multialign.ops import log_matmul_reduce, log_matvec, log_product, logsumexp, real
 from multialign.ops.products import LogProduct, StreamedProduct
 
 __all__ = [
@@ -172,7 +172,15 @@ def sweep(
 def _log_marginal(
     unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope, backend: Worker
 ) -> Tensor:
-    rest = _Collected(unaries, pairs, order.steps, backend)
+    steps, last = order.steps, order.steps[-2:]
+    # Of a triangle that ends in one variable, the table over two is not needed.
+    at_once = (
+        [len(step.neighbours) for step in last] == [2, 1]
+        and last[1].variable in last[0].neighbours
+    )  # fmt: skip
+    rest = _Collected(unaries, pairs, steps[:-2] if at_once else steps, backend, ways=False)
+    if at_once:
+        rest.sum_out_two(*last)
     trailing = [1] * len(keep)
     if order.held is None or order.inner is None:
         total = rest.constant.view(len(rest.constant), *trailing)
@@ -233,10 +241,16 @@ def _beliefs(
 
 
 class _Collected:
-    """What is left after some variables were summed out, and the way back."""
+    """What is left after some variables were summed out, and with `ways` the way back."""
 
     def __init__(
-        self, unaries: Mapping[int, Tensor], pairs: Pairs, steps: Sequence[Step], backend: Worker
+        self,
+        unaries: Mapping[int, Tensor],
+        pairs: Pairs,
+        steps: Sequence[Step],
+        backend: Worker,
+        *,
+        ways: bool = True,
     ) -> None:
         self._backend = backend
         self.unaries, self.pairs = dict(unaries), dict(pairs)
@@ -248,20 +262,35 @@ class _Collected:
         self.messages: list[Tensor] = []
         for step in steps:
             x = self.unaries.pop(step.variable)
-            way: Tensor | LogProduct | StreamedProduct
+            way: Tensor | LogProduct | StreamedProduct | None = None
             if not step.neighbours:
-                way, total = _softmax(x)
-                self.constant = self.constant + total
-                self.messages.append(total)
+                way, message = _softmax(x)
+                self.constant = self.constant + message
             elif len(step.neighbours) == 1:
                 (i,) = step.neighbours
-                way, total = _softmax(self._take(i, step.variable) + x.unsqueeze(-2))
-                self.unaries[i] = self.unaries[i] + total
-                self.messages.append(total)
+                table = self._take(i, step.variable)
+                if ways:
+                    way, message = _softmax(table + x.unsqueeze(-2))
+                else:
+                    message = log_matvec(table, x, backend)
+                self.unaries[i] = self.unaries[i] + message
             else:
                 way = self._multiply(step, x)
-                self.messages.append(way.values)
-            self.ways.append(way)
+                message = way.values
+            self.messages.append(message)
+            if way is not None:
+                self.ways.append(way)
+
+    def sum_out_two(self, step: Step, after: Step) -> None:
+        """Sum out a variable with two neighbours, and then one of these with the other alone."""
+        j, k, (i,) = step.variable, after.variable, after.neighbours
+        half = self.unaries.pop(j) / 2
+        a = self._take(i, j) + half.unsqueeze(-2)
+        b = self._take(j, k) + half.unsqueeze(-1)
+        weight = self.unaries.pop(k).unsqueeze(-2).expand(-1, a.shape[1], -1)
+        if (min(i, k), max(i, k)) in self.pairs:
+            weight = weight + self._take(i, k)
+        self.unaries[i] = self.unaries[i] + log_matmul_reduce(a, b, weight, self._backend)
 
     def _multiply(self, step: Step, x: Tensor) -> LogProduct | StreamedProduct:
         i, k = step.neighbours
@@ -300,7 +329,7 @@ class _Sweep:
     ) -> None:
         self._backend = backend
         self._x, self._pairs, self._steps, self._wanted = dict(unaries), pairs, steps, wanted
-        self._messages = _Collected(unaries, pairs, steps, backend).messages
+        self._messages = _Collected(unaries, pairs, steps, backend, ways=False).messages
         # The steps that ended in each set of neighbours, and the branches of each step.
         self._ending: dict[Scope, list[int]] = {}
         self._branches: list[list[int]] = [[] for _ in steps]
@@ -359,9 +388,12 @@ class _Sweep:
         j, neighbours, _ = self._steps[n]
         if outer is None:
             return torch.zeros_like(self._x[j])
-        table = self._table(neighbours[0], j)
-        assert table is not None
-        return logsumexp(table + self._said_to(n, outer, neighbours[0]), 1)
+        if len(neighbours) == 1:
+            table = self._table(j, neighbours[0])
+            assert table is not None
+            return log_matvec(table, outer, self._backend)
+        outer, far, near = self._triangle(n, outer, neighbours[0])
+        return log_matmul_reduce(far.mT, outer.mT, near.mT, self._backend)
 
     def _said_to(self, n: int, outer: Tensor | None, i: int) -> Tensor:
         """Return the same to a variable and its neighbour i, `(B, K_i, K_j)` (or 1 for K_j)."""
@@ -369,24 +401,30 @@ class _Sweep:
         j, neighbours, _ = self._steps[n]
         if len(neighbours) == 1:
             return outer.unsqueeze(-1)
-        (k,) = set(neighbours) - {i}
+        outer, far, near = self._triangle(n, outer, i)
         half = self._own(j).unsqueeze(-2) / 2
+        product = log_product(outer, far + half, near + half, self._backend)
+        return torch.where(half == -math.inf, -math.inf, product.values - half)
+
+    def _triangle(self, n: int, outer: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors of (i, k), (k, j) and (i, j), with i and k the neighbours of j."""
+        j, neighbours, _ = self._steps[n]
+        (k,) = set(neighbours) - {i}
         near, far = self._table(i, j), self._table(k, j)
         assert near is not None
         assert far is not None
-        product = log_product(
-            outer if i < k else outer.mT,
-            far + half,
-            near + half,
-            self._backend,
-        )
-        return torch.where(half == -math.inf, -math.inf, product.values - half)
+        # `outer` has the whole potential of k; with half of it in either factor, the two are large
+        # at the same places, and far fewer entries of their product are below the exponent range.
+        half = self._own(k) / 2
+        half = torch.where(half == -math.inf, 0.0, half)
+        outer = outer if i < k else outer.mT
+        return outer - half.unsqueeze(-2), far + half.unsqueeze(-1), near
 
     def _message(self, n: int) -> Tensor:
         j, neighbours, _ = self._steps[n]
         tables = [table for i in neighbours if (table := self._table(i, j)) is not None]
         if len(neighbours) == 1:
-            return logsumexp(tables[0] + self._own(j).unsqueeze(-2), -1)
+            return log_matvec(tables[0], self._own(j), self._backend)
         half = self._own(j).unsqueeze(-2) / 2
         return log_product(tables[0] + half, (tables[1] + half).mT, None, self._backend).values
 

@@ -352,9 +352,11 @@ def _blocks(
 ) -> dict[str, Any]:
     """Return the largest tiles that spill no registers and make a program per multiprocessor.
 
-    `plain` is a product alone; what follows it in the other kernels needs registers too.
+    `plain` is a product alone; what follows it in the other kernels needs registers too, and so do
+    rows that do not begin at multiples of 16.
     """
     rows, _, columns = sizes
+    plain = plain and all(size % 16 == 0 for size in sizes)
     tall, wide = (128 if plain else 64, 128) if dtype == torch.float32 else (64, 64)
     while wide > 32 and batch * cdiv(rows, tall) * cdiv(columns, wide) < MULTIPROCESSORS:
         tall = wide = wide // 2
@@ -370,6 +372,8 @@ def _blocks(
     }
 
 
+# At most so many sums over blocks of k at a time, or those of 64 rows.
+_PARTIAL_ENTRIES = 2**22
 # Side of the tiles that are computed again.
 _SIDE = 32
 
@@ -445,7 +449,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 register_batched_vmap(log_matmul)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
@@ -483,7 +487,8 @@ def _reduce(factors: _Factors, alpha: Tensor, beta: Tensor) -> Tensor:
 def log_matmul_reduce(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """Return log sum_k exp(w_ik + log sum_j exp(a_ij + b_jk)), `(B, I)`.
 
-    No table over i and k is written.
+    It is the update of one of three marginals. No table over i and k is written, but by the
+    gradient. Differentiable once.
 
     Args:
         a: `(B, I, J)`.
@@ -512,6 +517,17 @@ def _(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
 register_batched_vmap(log_matmul_reduce)
 
 
+def _differentiate_reduced(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    a, b, w, total = ctx.saved_tensors
+    value = log_matmul(a, b)
+    total = torch.where(total == -math.inf, 0.0, total)
+    by_w = grad.unsqueeze(2) * (w.to(total.dtype) + value - total.unsqueeze(2)).exp()
+    return *log_matmul_backward(by_w, a, b, value), by_w.to(w.dtype)
+
+
+log_matmul_reduce.register_autograd(_differentiate_reduced, setup_context=_keep)
+
+
 @torch.library.custom_op(
     "multialign::triton_log_matmul_reduce_points",
     mutates_args=(),
@@ -522,7 +538,8 @@ def log_matmul_reduce_points(
 ) -> Tensor:
     """Return log sum_jk exp(g_j + h_k - (|x_i-y_j|^2 + |y_j-z_k|^2 + |x_i-z_k|^2) / epsilon).
 
-    That is `(B, I)`: the update of the first of three marginals, from their points alone.
+    That is `(B, I)`: the update of one of three marginals, from points alone, for those who hold
+    points too many for a table over two of them. Memory is O((I + J + K) D). Without gradient.
 
     Args:
         x: `(B, I, D)`.
@@ -532,7 +549,7 @@ def log_matmul_reduce_points(
         h: `(B, K)`.
         epsilon: `(B,)`, > 0.
     """
-    batch, rows, depth = x.shape
+    batch, _, depth = x.shape
     inner, columns = y.shape[1], z.shape[1]
     check_batched(
         x=(x, x.shape),
@@ -544,12 +561,21 @@ def log_matmul_reduce_points(
     )
     dtype, _ = lifted(x, y, z, g, h, epsilon)
     # A tile reads one coordinate of many points at a time.
-    x, y, z = [points.mT.contiguous() for points in (x, y, z)]
+    y, z = y.mT.contiguous(), z.mT.contiguous()
     g, h, scales = g.contiguous(), h.contiguous(), inverse_epsilon(epsilon, dtype)
-    factors = _Factors(
-        (x, y, y, z, x, g, h, scales), (rows, inner, columns), (0,) * 9 + (depth,), points=True
-    )
-    return _reduce(factors, row_maxima(x, y, g, scales, dtype), row_maxima(z, y, g, scales, dtype))
+    beta = row_maxima(z, y, g, scales, dtype)
+    step = max(64, _PARTIAL_ENTRIES // max(1, batch * cdiv(columns, 32)))
+    parts = []
+    for points in x.split(step, 1):
+        part = points.mT.contiguous()
+        factors = _Factors(
+            (part, y, y, z, part, g, h, scales),
+            (points.shape[1], inner, columns),
+            (0,) * 9 + (depth,),
+            points=True,
+        )
+        parts.append(_reduce(factors, row_maxima(part, y, g, scales, dtype), beta))
+    return torch.cat(parts, 1)
 
 
 @log_matmul_reduce_points.register_fake

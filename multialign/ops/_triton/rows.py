@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -85,8 +88,10 @@ def _launch_rows(
     depth = first.shape[1] if points else 0
     _, kind = lifted(out)
     wide = block(columns, 128 if points else 512)
-    # Short blocks of rows: a table is read once, so what counts is to have many readers.
-    tall = 16 if points else max(1, min(8, 1024 // wide))
+    # Short blocks of rows: a table is read once, so what counts is to have many readers. Where rows
+    # lie side by side in memory, eight fill what is read at once (32 bytes).
+    beside = not points and first.stride(1) < first.stride(2)
+    tall = 16 if points else 8 if beside else max(1, min(8, 1024 // wide))
     blocks = cdiv(rows, tall)
     launch(
         _log_matvec, batch * blocks, first, second, weights, scales, out, out, rows, columns,
@@ -100,9 +105,9 @@ def _launch_rows(
     "multialign::triton_log_matvec", mutates_args=(), schema="(Tensor a, Tensor g) -> Tensor"
 )
 def log_matvec(a: Tensor, g: Tensor) -> Tensor:
-    """Return log sum_j exp(a_ij + g_j), `(B, I)`.
+    """Return log sum_j exp(a_ij + g_j), `(B, I)`, in float64 or else in float32.
 
-    A row of -inf alone gives -inf.
+    A row of -inf alone gives -inf, with derivatives of 0.
 
     Args:
         a: `(B, I, J)`.
@@ -124,13 +129,31 @@ def _(a: Tensor, g: Tensor) -> Tensor:
 register_batched_vmap(log_matvec)
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    a, g, value = ctx.saved_tensors
+    top = torch.where(value == -math.inf, 0.0, value)
+    exponent = a.to(value.dtype) + g.unsqueeze(1) - top.unsqueeze(2)
+    by_a = grad.unsqueeze(2) * exponent.exp()
+    return by_a.to(a.dtype), by_a.sum(1).to(g.dtype)
+
+
+log_matvec.register_autograd(_differentiate, setup_context=_keep)
+
+
 @torch.library.custom_op(
     "multialign::triton_log_matvec_points",
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor g, Tensor epsilon) -> Tensor",
 )
 def log_matvec_points(x: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
-    """Return log sum_j exp(g_j - |x_i - y_j|^2 / epsilon), `(B, I)`; no table is held.
+    """Return log sum_j exp(g_j - |x_i - y_j|^2 / epsilon), `(B, I)`, from points alone.
+
+    It is the update of one of two marginals, for those who hold points too many for a table over
+    two of them: memory is O((I + J) D). Without gradient.
 
     Args:
         x: `(B, I, D)`.

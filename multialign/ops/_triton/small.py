@@ -75,11 +75,14 @@ def _cost(
         second = tl.arange(0, BLOCKS[1])
     cost = tl.zeros((second.shape[0], BLOCKS[2], BLOCKS[3]), DTYPE)
     if PAIRS == 64:  # one table over all variables
-        at = (i * n1 + second[:, None, None]) * n2 + third[None, :, None]
-        at = at.to(tl.int64) * n3 + fourth[None, None, :]
-        inside = (second < n1)[:, None, None] & (third < n2)[None, :, None]
-        inside = inside & (fourth < n3)[None, None, :]
-        cost += tl.load(tables[0] + at, mask=inside, other=0.0).to(DTYPE)
+        at = i * n1 * n2 * n3
+        if LOOP:
+            cost += _pair(tables[0] + at + j * n2 * n3, third, fourth, n2, n3, DTYPE)[None, :, :]
+        else:
+            at += (second[:, None, None] * n2 + third[None, :, None]) * n3 + fourth[None, None, :]
+            inside = (second < n1)[:, None, None] & (third < n2)[None, :, None]
+            inside = inside & (fourth < n3)[None, None, :]
+            cost += tl.load(tables[0] + at, mask=inside, other=0.0).to(DTYPE)
     else:
         if PAIRS & 1:
             pair = _pair(tables[0], first, second, n0, n1, DTYPE)
@@ -734,14 +737,17 @@ def _solve(
         _solve_small, batch, *pointers, *masses, epsilon.contiguous(), potentials, iterations,
         errors, *counts, atoms, tolerance, max_iterations, M=count, PAIRS=present, LOOP=loop,
         B0=blocks[0], B1=blocks[1], B2=blocks[2], B3=blocks[3], DTYPE=kind,
-        num_warps=_warps(words // blocks[1] if loop else words),
+        num_warps=_warps(words // blocks[1] if loop else words, whole=count > 3 and present == 64),
     )  # fmt: skip
     return potentials, iterations, errors
 
 
-def _warps(words: int) -> int:
-    """Return how many warps hold a tile of the plan without spilling registers."""
-    return 1 if words <= 512 else 4 if words <= 2048 else 8
+def _warps(words: int, whole: bool) -> int:
+    """Return how many warps hold a tile of the plan without spilling registers.
+
+    `whole`: of a cost of four variables that is read from memory each time.
+    """
+    return 1 + whole if words <= 512 else 4 if words <= 2048 else 8
 
 
 @_solve.register_fake
