@@ -790,7 +790,7 @@ def test_works_where_triton_is_missing():
         "try:\n"
         "    multi_marginal_sinkhorn(costs, [half, half], 1.0, backend='triton')\n"
         "except RuntimeError as error:\n"
-        "    assert 'triton, which is not installed' in str(error)\n"
+        "    assert 'triton 3.6 or newer, which is not installed' in str(error)\n"
         "else:\n"
         "    raise AssertionError('a backend that cannot run was accepted')\n"
     )
