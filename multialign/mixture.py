@@ -217,7 +217,8 @@ def fit_gaussian_mixture(
     For "diag" and "spherical" (with :math:`\rho \ge 10^{-7}`; below, differences replace moments)
     an iteration takes :math:`N K D` time and two matrix products, and the backward pass keeps the
     mixtures it went through alone, so that memory does not grow with :math:`N K` times the
-    iterations; it has first derivatives only.
+    iterations; it has first derivatives only. So has "full" with :math:`N < D`, where an iteration
+    works in the N dimensions that the samples span, in :math:`K N^3` time.
 
     Args:
         x: :math:`(*\text{batch}, N, D)`; batch entries are independent problems.
