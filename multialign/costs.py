@@ -320,7 +320,7 @@ class _NuclearNorm(torch.autograd.Function):
             needed,
         )
         poison = poison_i[..., 0] + poison_j[..., 0].mT
-        return norms.reshape(poison.shape) + poison, kept.reshape((*poison.shape, -1))
+        return norms.reshape(poison.shape) + poison, kept.reshape((*poison.shape, kept.shape[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
