@@ -94,6 +94,10 @@ def test_bures_gradients(full):
     inputs = (means[0], factors[0], means[1], factors[1])
     assert gradcheck(cost, inputs)
     assert gradgradcheck(cost, inputs)
+    # Where a graph of it is wanted, the gradient comes by another way.
+    first = torch.autograd.grad(cost(*inputs).square().sum(), inputs)
+    with_graph = torch.autograd.grad(cost(*inputs).square().sum(), inputs, create_graph=True)
+    torch.testing.assert_close(with_graph, first)
 
 
 EYE = torch.eye(3, dtype=torch.float64)
