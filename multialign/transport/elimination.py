@@ -415,8 +415,7 @@ class _Sweep:
         assert far is not None
         # `outer` has the whole potential of k; with half of it in either factor, the two are large
         # at the same places, and far fewer entries of their product are below the exponent range.
-        half = self._own(k) / 2
-        half = torch.where(half == -math.inf, 0.0, half)
+        half = torch.where(self._x[k] == -math.inf, 0.0, self._x[k] / 2)
         outer = outer if i < k else outer.mT
         return outer - half.unsqueeze(-2), far + half.unsqueeze(-1), near
 
