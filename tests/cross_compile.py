@@ -122,7 +122,6 @@ CASES = {
     "gaussian 300, D = 5": (gaussian, SINGLE, 300, 5),
     "gaussian 5000, D = 64": (gaussian, SINGLE, 5000, 64),
     "gaussian 5000, D = 300": (gaussian, SINGLE, 5000, 300),
-    "gaussian 5000, D = 64 float64": (gaussian, DOUBLE, 5000, 64),
     "solve 7, M = 2": (small, SINGLE, 7, 2),
     "solve 7, M = 3": (small, SINGLE, 7, 3),
     "solve 7, M = 3, float64": (small, DOUBLE, 7, 3),

@@ -675,7 +675,9 @@ def test_a_sweep_by_kernels(sizes, edges, expected, calls):
 )
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gaussian_form(shape, dtype, distinct):
+def test_gaussian_form(shape, dtype, distinct, request):
+    if dtype == torch.float64 and request.config.getoption("--device") != "cpu":
+        pytest.skip("triton 3.7 does not compile it in float64, where multialign does not call it")
     batch, n, m, depth, scales = shape
     x, y = torch.randn(batch, n, depth) + 50, torch.randn(batch, m, depth) + 51
     p, q, c = torch.rand(batch, n), torch.rand(batch, m), torch.rand(batch, scales) / depth

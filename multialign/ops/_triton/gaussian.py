@@ -136,6 +136,8 @@ def gaussian_form(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute what `multialign.ops.gaussian` defines: p^T K q and its derivatives.
 
+    In float32; float64 is for the interpreter, since triton 3.7 does not compile it.
+
     Returns:
         The form `(B)` in float64, and its derivatives by x and p and, if `both`, by y and q (else
         zeros).
