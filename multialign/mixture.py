@@ -875,7 +875,7 @@ def _maximise(
     else:
         deviation = x.unsqueeze(-3) - means.unsqueeze(-2)
         shares = joint / safe.unsqueeze(-2) if covariance_type == "full" else joint
-        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
+        scatter = _scatter(shares, deviation)
         if covariance_type == "tied":
             scatter = scatter.sum(-3)
         (scatter,) = ranks.sum([scatter])
@@ -887,6 +887,11 @@ def _maximise(
             dead = dead[..., None, None]
     covariances = torch.where(dead, kept.covariances, covariances)
     return Parameters(weights, means, covariances)
+
+
+def _scatter(shares: Tensor, deviation: Tensor) -> Tensor:
+    """Return sum_n s_nk d_kn d_kn^T, `(*batch, K, D, D)`, of deviations `(*batch, K, N, D)`."""
+    return (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
 
 
 def _check_deviations(x: Tensor, means: Tensor) -> None:
@@ -948,7 +953,7 @@ class _Narrow:
         there = untouched.mT
         means = torch.where(there, self._start.means, shares.mT @ self._data.x)
         deviation = self._data.x.unsqueeze(-3) - means.unsqueeze(-2)
-        scatter = (shares.mT.unsqueeze(-1) * deviation).mT @ deviation
+        scatter = _scatter(shares, deviation)
         diagonal = torch.eye(means.shape[-1], dtype=means.dtype, device=means.device)
         covariances = scatter + self._data.floor.unsqueeze(-1) * diagonal
         covariances = torch.where(there.unsqueeze(-1), self._start.covariances, covariances)
@@ -980,9 +985,8 @@ class _NarrowDensity(torch.autograd.Function):
     def forward(
         x: Tensor, shares: Tensor, floor: Tensor, narrow: Tensor, basis: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        share = shares.mT
-        deviation = narrow.unsqueeze(-3) - (share @ narrow).unsqueeze(-2)
-        covariances = (share.unsqueeze(-1) * deviation).mT @ deviation
+        deviation = narrow.unsqueeze(-3) - (shares.mT @ narrow).unsqueeze(-2)
+        covariances = _scatter(shares, deviation)
         covariances.diagonal(dim1=-2, dim2=-1).add_(floor)
         whitening, log_det = _whiten(covariances)
         distance = (deviation @ whitening.mT).square().sum(-1)
@@ -1110,8 +1114,7 @@ def posterior_moments(
         floor = torch.full_like(data.floor, _SMALLEST_VARIANCE)
         _, held, _ = _axis_aligned(data, state, floor, covariance_type, 0, 0.0, True, ranks)
         return held
-    joint = data.mass.unsqueeze(-1) * _log_joint(data.x, state, covariance_type).softmax(-1)
-    return _held(data, joint, ranks)
+    return _held(data, _joint(data, _log_joint(data.x, state, covariance_type)), ranks)
 
 
 def _held(data: Standardised, joint: Tensor, ranks: Ranks) -> PosteriorMoments:

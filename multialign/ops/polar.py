@@ -155,7 +155,10 @@ def nuclear_norms_backward(
     for width, pair, i, j, _ in _groups(values_i, values_j, rounding):
         weight, packed = grad.flatten()[pair, None, None], kept.flatten(0, 2)
         if width == dim:
-            outer = weight * (packed[pair].view(-1, dim, dim) - torch.eye(dim).to(kept))
+            outer = weight * (
+                packed[pair].view(-1, dim, dim)
+                - torch.eye(dim, dtype=kept.dtype, device=kept.device)
+            )
             flat_i += _sums(root_j.flatten(0, 1)[j], outer, i, len(flat_i))
             flat_j += _sums(outer, root_i.flatten(0, 1)[i], j, len(flat_j))
         else:
