@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multialign.transport.elimination import Beliefs
 
-__all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "Scaling", "dense"]
+__all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "RingMatrix", "Scaling", "dense"]
 
 # Up to this many entries the matrix is factored where conjugate gradients are slow: with three
 # marginals that costs about as much as the pairwise marginals did. So many of their steps are
@@ -38,7 +38,11 @@ class Hessian(Protocol):
 
 
 class Scaling:
-    """The scaling of H by the marginals wanted, and what fills its null space."""
+    """The scaling of H by the marginals wanted, and what fills its null space.
+
+    Added to H is (root nu_p)(root nu_p)^T in the block of each p but the first. So the solution has
+    a mean of 0 in these, and its constant in the first.
+    """
 
     def __init__(self, marginals: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Prepare for equations solved in `dtype`."""
@@ -54,37 +58,68 @@ class Scaling:
         """Return the scaled matrix with ones on its diagonal and a full rank."""
         if self._outer is None or self._gauge is None:
             self._outer = self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
-            roots = self.root.unsqueeze(-1) * self.root.unsqueeze(-2)
-            gauge, start = roots / -len(self.sizes), 0
-            for size in self.sizes:
-                own = slice(start, start + size)
-                gauge[:, own, own] += roots[:, own, own]
-                start += size
-            gauge.diagonal(dim1=-2, dim2=-1).add_(self.absent)
-            self._gauge = gauge
+            self._gauge = self.gauge()
         return torch.addcmul(self._gauge, self._outer, hessian)
+
+    def gauge(self) -> Tensor:
+        """Return what is added to the scaled matrix, `(B, S, S)`; of absent atoms a unit matrix."""
+        gauge, start = torch.diag_embed(self.absent.to(self.root.dtype)), self.sizes[0]
+        for root in self.root.split(self.sizes, -1)[1:]:
+            own = slice(start, start + root.shape[-1])
+            gauge[:, own, own].addcmul_(root.unsqueeze(-1), root.unsqueeze(-2))
+            start += root.shape[-1]
+        return gauge
+
+
+class RingMatrix:
+    """The scaled matrix of three marginals of K atoms each, its lower triangle put in place."""
+
+    def __init__(self, scaling: Scaling) -> None:
+        self._matrix = scaling.gauge()
+        batch, atoms, _ = self._matrix.shape
+        size = atoms // 3
+        # Blocks (1, 0) and (2, 1), and block (2, 0).
+        strides = (size * (atoms + 1), atoms**2, atoms, 1)
+        self._below = self._matrix.as_strided((2, batch, size, size), strides, size * atoms)
+        self._corner = self._matrix[:, -size:, :size]
+        self._diagonal = self._matrix.diagonal(dim1=-2, dim2=-1)
+        self._gauge, self._square = self._diagonal.clone(), scaling.inverse.square()
+        inverse = scaling.inverse.view(batch, 3, size).transpose(0, 1)
+        self._outer = inverse.unsqueeze(-2) * inverse.roll(-1, 0).unsqueeze(-1)
+
+    def fill(self, tables: Tensor, marginals: Tensor) -> Tensor:
+        """Return the matrix, from tables `(3, B, K, K)` over p and p + 1 (mod 3).
+
+        It is the same storage each time.
+        """
+        torch.mul(tables[:2].mT, self._outer[:2], out=self._below)
+        torch.mul(tables[2], self._outer[2].mT, out=self._corner)
+        torch.addcmul(
+            self._gauge, marginals.to(self._square.dtype), self._square, out=self._diagonal
+        )
+        return self._matrix
 
 
 class DenseHessian:
-    """H as a matrix, of which the lower triangle is read; it is built if it is needed."""
+    """H as a scaled matrix, of which the lower triangle is read; it is built if it is needed."""
 
     def __init__(self, scaling: Scaling, build: Callable[[], Tensor]) -> None:
         self._scaling, self._build = scaling, build
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by a Cholesky factor; where rounding leaves none, by eigenvalues kept above 0."""
-        matrix = self._scaling.matrix(self._build())
-        matrix.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-        factor, info = torch.linalg.cholesky_ex(matrix)
         inverse = self._scaling.inverse
+        matrix, damping = self._build(), damping.to(inverse.dtype).unsqueeze(-1)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(damping)
+        factor, info = torch.linalg.cholesky_ex(matrix)
         scaled = (inverse * right.to(inverse.dtype)).unsqueeze(-1)
-        solution = torch.cholesky_solve(scaled, factor).squeeze(-1)
-        if bool(info.any()):
+        solution = torch.cholesky_solve(scaled, factor)
+        if any(info.tolist()):
             values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
-            values = torch.maximum(values, damping.to(values.dtype).unsqueeze(-1)).unsqueeze(-1)
-            other = (vectors @ ((vectors.mT @ scaled) / values)).squeeze(-1)
-            solution = torch.where((info == 0).unsqueeze(-1), solution, other)
-        return inverse * solution
+            values = torch.maximum(values, damping).unsqueeze(-1)
+            other = vectors @ ((vectors.mT @ scaled) / values)
+            solution = torch.where((info == 0).view(-1, 1, 1), solution, other)
+        return inverse * solution.squeeze(-1)
 
 
 class PairwiseHessian:
@@ -110,7 +145,8 @@ class PairwiseHessian:
             right, damping, tolerance, min(steps, _TRIAL_STEPS) if fits else steps
         )
         if fits and not solved:
-            direct = DenseHessian(self._scaling, lambda: dense(self._found))
+            build = lambda: self._scaling.matrix(dense(self._found))
+            direct = DenseHessian(self._scaling, build)
             return direct.solve(right, damping, tolerance, steps)
         return solution
 
@@ -187,7 +223,7 @@ def dense(found: Beliefs) -> Tensor:
 
 
 def _times(table: Tensor, vector: Tensor) -> Tensor:
-    return (table @ vector.unsqueeze(-1)).squeeze(-1)
+    return torch.bmm(table, vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _divide(x: Tensor, mass: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from typing import NamedTuple, Protocol
 
@@ -30,7 +30,14 @@ from multialign.transport.elimination import (
     join,
     sweep,
 )
-from multialign.transport.hessian import DenseHessian, Hessian, PairwiseHessian, Scaling, dense
+from multialign.transport.hessian import (
+    DenseHessian,
+    Hessian,
+    PairwiseHessian,
+    RingMatrix,
+    Scaling,
+    dense,
+)
 from multialign.transport.problem import Problem, along, log_marginals
 
 __all__ = ["Evaluation", "Plan", "make_plan"]
@@ -121,7 +128,8 @@ class _Vector:
         log_total, plan = self.divided(potentials, epsilon)
         matrix = (plan.unsqueeze(-2) * self._incidence.mT) @ self._incidence
         marginals = matrix.diagonal(dim1=-2, dim2=-1)
-        return Evaluation(log_total, marginals, DenseHessian(self._scaling, lambda: matrix), plan)
+        hessian = DenseHessian(self._scaling, lambda: self._scaling.matrix(matrix))
+        return Evaluation(log_total, marginals, hessian, plan)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         assert now.plan is not None
@@ -212,21 +220,22 @@ class _Table:
 class _Triangle:
     """A plan of three marginals of K atoms each and three costs, by plain products of matrices.
 
-    The plan is X_12(i, j) X_13(i, k) X_23(j, k), with half of each potential in either table it
-    belongs to. The tables use the whole exponent range: they are raised by a constant, and entries
-    below a floor are dropped, so that no product is denormal. Where that could lose what counts,
-    another form takes over.
+    The plan is X_0(i, j) X_1(j, k) X_2(k, i), with half of each potential in either table it
+    belongs to; what a table is multiplied by is the product of the two after it, transposed. The
+    tables use the whole exponent range: they are raised by a constant, and entries below a floor
+    are dropped, so that no product is denormal. Where that could lose what counts, another form
+    takes over.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self._problem, self.dtype = problem, dtype
         self._scaling = Scaling(problem.marginals, dtype)
-        self._size = problem.sizes[0]
-        self._cost = torch.stack([problem.costs[edge] for edge in _TRIANGLE])
-        ends = torch.tensor(_TRIANGLE, device=self._cost.device)
-        self._rows, self._columns = ends.unbind(1)
+        self._batch, self._size = problem.marginals[0].shape
+        self._cost = torch.stack(
+            [problem.costs[(0, 1)], problem.costs[(1, 2)], problem.costs[(0, 2)].mT]
+        )
         self._scaled = (torch.empty(()), self._cost)
-        self._nowhere = torch.where(self._scaling.absent, -math.inf, 0.0)
+        self._matrix: RingMatrix | None = None
         self._logs: _Table | _Pairwise | None = None
         # The product of two entries above exp(floor) is no denormal; half of what three may have
         # below the largest number is left to entries of a plan that are larger than 1.
@@ -237,21 +246,25 @@ class _Triangle:
         absent = nu == 0
         # What is dropped of the plan is less than exp(floor) times the sum of what each entry is
         # multiplied by; `_trusted` is how large that may be, in units of the sum of the plan.
-        smallest = torch.where(absent, 1.0, nu).amin((0, 2))
+        smallest = nu.masked_fill(absent, 1.0).amin((0, 2))
         self._trusted = smallest * math.exp(math.log(_LOSS[dtype] / entries) - self._floor)
-        # An absent atom has a marginal of 0 and would be divided by it.
-        self._absent = absent.to(dtype)
-        self._wanted = (nu * math.exp(3 * self._raised) + self._absent).to(dtype)
+        self._wanted = (nu * math.exp(3 * self._raised)).to(dtype)
+        self._absent = absent if bool(absent.any()) else None
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         found = self._read(potentials, epsilon)
         if found is None:
             return self._in_logs().evaluate(potentials, epsilon)
         log_total, marginals, tables = found
-        singles = marginals.to(self.dtype).split(self._problem.sizes, -1)
-        edges = dict(zip(_TRIANGLE, tables, strict=True))
-        known = Beliefs(log_total, dict(enumerate(singles)), edges)
-        return Evaluation(log_total, marginals, _hessian(self._scaling, known), None)
+        if _is_dense(self._scaling):
+            if self._matrix is None:
+                self._matrix = RingMatrix(self._scaling)
+            build = partial(self._matrix.fill, tables, marginals)
+            return Evaluation(log_total, marginals, DenseHessian(self._scaling, build), None)
+        singles = dict(enumerate(marginals.to(self.dtype).split(self._size, -1)))
+        edges = {(0, 1): tables[0], (0, 2): tables[2].mT, (1, 2): tables[1]}
+        hessian = PairwiseHessian(self._scaling, Beliefs(log_total, singles, edges))
+        return Evaluation(log_total, marginals, hessian, None)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
         if self._logs is not None:
@@ -262,18 +275,18 @@ class _Triangle:
         if self._logs is not None:
             return self._logs.sweep(potentials, epsilon, times)
         x, y, z = self._factors(potentials, epsilon)
-        wanted, absent = self._wanted.unbind(0), self._absent.unbind(0)
+        x, turned = x.mT.contiguous(), y.mT.contiguous()
         ratios = []
         for _ in range(times):
-            joint = (y @ z.mT).mul_(x)
-            first = wanted[0] / joint.sum(-1).add_(absent[0])
-            second = wanted[1] / (first.unsqueeze(-2) @ joint).squeeze(-2).add_(absent[1])
-            x.mul_(first.unsqueeze(-1)).mul_(second.unsqueeze(-2))
-            third = wanted[2] / (x @ z).mul_(y).sum(-2).add_(absent[2])
-            y.mul_(third.unsqueeze(-2))
-            ratios += [first, second, third]
-        changes = torch.cat(ratios, -1).log().double().view(len(x), times, -1).sum(1)
-        if not bool(changes.isfinite().all()):
+            joint = torch.bmm(y, z).mul_(x)
+            zeroth = self._ratio(0, joint.sum(-2))
+            first = self._ratio(1, torch.bmm(joint, zeroth.unsqueeze(-1)).squeeze(-1))
+            x.mul_(zeroth.unsqueeze(-2)).mul_(first.unsqueeze(-1))
+            second = self._ratio(2, torch.bmm(turned, x).mul_(z).sum(-1))
+            z.mul_(second.unsqueeze(-1))
+            ratios += [zeroth, first, second]
+        changes = torch.cat(ratios, -1).log_().double().view(self._batch, times, -1).sum(1)
+        if not math.isfinite(changes.sum().item()):
             return self._in_logs().sweep(potentials, epsilon, times)
         return potentials + changes
 
@@ -281,38 +294,41 @@ class _Triangle:
         found = self._read(potentials, epsilon)
         return found[:2] if found is not None else self._in_logs().marginals(potentials, epsilon)
 
-    def _read(
-        self, potentials: Tensor, epsilon: Tensor
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]] | None:
+    def _read(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return log Z, m, and the pairwise marginals; None where these would not be right."""
         if self._logs is not None:
             return None
-        x, y, z = self._factors(potentials, epsilon)
-        others = x.new_empty((3, *x.shape))
-        by_x, by_y, by_z = others.unbind(0)
-        torch.bmm(y, z.mT, out=by_x)
-        torch.bmm(x, z, out=by_y)
-        torch.bmm(x.mT, y, out=by_z)
-        largest = others.amax((0, 2, 3)).double()
-        tables = by_x.mul_(x), by_y.mul_(y), by_z.mul_(z)
-        marginals = torch.cat([by_x.sum(-1), by_z.sum(-1), by_y.sum(-2)], -1).double()
-        total = marginals[:, : self._size].sum(-1, keepdim=True)
-        if not bool((largest <= self._trusted * total.squeeze(-1)).all()):
+        factors = self._factors(potentials, epsilon)
+        ring = torch.cat([factors, factors[:2]]).flatten(0, 1)
+        others = torch.bmm(ring[self._batch : -self._batch], ring[2 * self._batch :])
+        others = others.view_as(factors)
+        largest = others.amax((0, 2, 3))
+        tables = factors.mul_(others.mT)
+        marginals = tables.sum(-1)
+        total = marginals[0].double().sum(-1)
+        if not bool((largest <= self._trusted * total).all()):
             return None
-        others.div_(total.unsqueeze(-1))
-        return total.squeeze(-1).log() - 3 * self._raised, marginals / total, tables
+        shares = (total if self._batch == 1 else total.unsqueeze(-1)).to(self.dtype)
+        marginals = (marginals / shares).transpose(0, 1).reshape(self._batch, -1).double()
+        return total.log() - 3 * self._raised, marginals, tables.div_(shares.unsqueeze(-1))
 
-    def _factors(self, potentials: Tensor, epsilon: Tensor) -> Sequence[Tensor]:
-        """Return X_12, X_13 and X_23, raised."""
+    def _factors(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        """Return X_0, X_1 and X_2, raised, `(3, B, K, K)`."""
         if epsilon is not self._scaled[0]:
             scaled = (self._cost / -epsilon.view(-1, 1, 1)).add_(self._raised)
+            if self._absent is not None:
+                scaled.masked_fill_(self._absent.unsqueeze(-1), -math.inf)
             self._scaled = (epsilon, scaled.to(self.dtype))
-        half = (potentials + self._nowhere).mul_(0.5).to(self.dtype)
-        half = half.view(-1, 3, self._size).transpose(0, 1)
-        x = self._scaled[1] + half[self._rows].unsqueeze(-1)
-        x += half[self._columns].unsqueeze(-2)
-        tables: Sequence[Tensor] = torch.threshold_(x, self._floor, -math.inf).exp_().unbind(0)
-        return tables
+        around = torch.cat([potentials, potentials[:, : self._size]], -1).to(self.dtype)
+        around = around.view(self._batch, 4, -1).transpose(0, 1)
+        x = torch.add(self._scaled[1], around[:3].unsqueeze(-1), alpha=0.5)
+        x.add_(around[1:].unsqueeze(-2), alpha=0.5)
+        return torch.threshold_(x, self._floor, -math.inf).exp_()
+
+    def _ratio(self, p: int, found: Tensor) -> Tensor:
+        """Return wanted over found marginals of one variable, 1 at absent atoms."""
+        ratio = self._wanted[p] / found
+        return ratio if self._absent is None else ratio.masked_fill_(self._absent[p], 1.0)
 
     def _in_logs(self) -> _Table | _Pairwise:
         if self._logs is None:
@@ -403,7 +419,7 @@ def _sweep_whole(
 
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
     if _is_dense(scaling):
-        return DenseHessian(scaling, lambda: dense(found))
+        return DenseHessian(scaling, lambda: scaling.matrix(dense(found)))
     return PairwiseHessian(scaling, found)
 
 
