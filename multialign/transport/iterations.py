@@ -19,12 +19,13 @@ from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
 
-# Newton: the first epsilon, in standard deviations of the cost, and the sweeps there. Then a level
-# is left for an epsilon this much smaller at an L1 error of at most (target epsilon / deviation of
-# the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass that is in the wrong
-# part by then takes a detour of many steps.
-_FIRST_LEVEL = 0.25
+# Newton begins where sweeps at these values of epsilon, in standard deviations of the cost, lead.
+# Where the cost hardly matters, sweeps do as much as steps, at a fraction of their price.
+_FIRST_LEVELS = (0.3, 0.1, 0.05)
 _FIRST_SWEEPS = 4
+# From there, a level is left for an epsilon this much smaller at an L1 error of at most (target
+# epsilon / deviation of the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass
+# that is in the wrong part by then takes a detour of many steps.
 _LEVEL_FACTOR = 4.0
 _LEVEL_POWER = 1.5
 _LEVEL_ERRORS = (1e-8, 0.1)
@@ -129,18 +130,22 @@ def newton(
     `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
     is then measured, and if that is needed improved, in float64.
     """
-    deviation = problem.deviation
-    epsilon = torch.maximum(problem.epsilon, _FIRST_LEVEL * deviation)
-    numbers = torch.stack([problem.epsilon, epsilon, deviation], 1).tolist()
+    target, deviation = problem.epsilon, problem.deviation
+    levels = [torch.maximum(target, level * deviation) for level in _FIRST_LEVELS]
+    epsilon = levels[-1]
+    numbers = torch.stack([target, epsilon, deviation], 1).tolist()
     descents = [_Descent(a, b, c, max_iterations) for a, b, c in numbers]
-    # The product of the marginals, which is the plan at epsilon = infinity.
-    wanted = torch.cat(problem.marginals, -1)
-    potentials = torch.where(wanted == 0, 0.0, wanted.log())
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance
     plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
-    potentials = plan.sweep(potentials, epsilon, _FIRST_SWEEPS)
+    # The product of the marginals, which is the plan at epsilon = infinity.
+    wanted = torch.cat(problem.marginals, -1)
+    potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
+    for before, level in zip([levels[0], *levels], levels, strict=False):
+        # What the cost has added to the potentials is, in cost units, what stays the same.
+        potentials = torch.lerp(product, potentials, (before / level).unsqueeze(-1))
+        potentials = plan.sweep(potentials, level, _FIRST_SWEEPS)
     if plan.dtype == torch.float32:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2
@@ -187,9 +192,9 @@ def _descend(
             right = gradient + change * plan.tangent(potentials, epsilon, now)
             epsilon = lower
         if "onward" in states or "step" in states:
-            # No more exactly than it takes to be at the tolerance.
-            slack = torch.maximum(error, _OVERSOLVED * tolerance / error).clamp_max(_SLACKEST)
-            fresh = now.hessian.solve(right, error.clamp(*_DAMPING), slack, _CONJUGATE_STEPS)
+            bounds = [descent.bounds(tolerance) for descent in descents]
+            damping, slack = epsilon.new_tensor(bounds).unbind(1)
+            fresh = now.hessian.solve(right, damping, slack, _CONJUGATE_STEPS)
             fresh = fresh.to(potentials.dtype)
             slope = torch.linalg.vecdot(gradient, fresh)
             longest = torch.linalg.vector_norm(fresh, math.inf, -1)
@@ -200,11 +205,13 @@ def _descend(
             states = [descent.state for descent in descents]
         else:
             fresh = direction
-        lengths = epsilon.new_tensor([[descent.length] for descent in descents])
-        if set(states) in ({"step"}, {"onward"}):
+        lengths = [descent.length for descent in descents]
+        if len(set(states)) == 1 and states[0] in ("step", "onward"):
             start, direction = potentials, fresh
-            potentials = potentials + lengths * fresh
-            if "onward" in states:
+            if min(lengths) < 1:
+                fresh = epsilon.new_tensor(lengths).unsqueeze(-1) * fresh
+            potentials = potentials + fresh
+            if states[0] == "onward":
                 potentials = plan.sweep(potentials, epsilon)
             continue
 
@@ -214,15 +221,17 @@ def _descend(
         again = where("retry", "sweep")
         start = torch.where(again, start, potentials)
         direction = torch.where(again, direction, fresh)
-        ahead = start + lengths * direction
+        ahead = start + epsilon.new_tensor(lengths).unsqueeze(-1) * direction
         if "onward" in states or "sweep" in states:
             ahead = torch.where(where("sweep"), start, ahead)
             swept = plan.sweep(ahead, epsilon)
             ahead = torch.where(where("onward", "sweep"), swept, ahead)
         potentials = torch.where(where("stop"), potentials, ahead)
 
-    unfinished = epsilon.new_tensor([[descent.searching] for descent in descents]) > 0
-    return torch.where(unfinished, start, potentials), epsilon, now, error
+    if any(descent.searching for descent in descents):
+        unfinished = epsilon.new_tensor([[descent.searching] for descent in descents]) > 0
+        potentials = torch.where(unfinished, start, potentials)
+    return potentials, epsilon, now, error
 
 
 class _Descent:
@@ -243,14 +252,14 @@ class _Descent:
         self._best, self._highest, self._stalled = math.inf, -math.inf, 0
         # The line search: the dual and its slope where it started, and the length tried.
         self._dual, self._slope, self.length = -math.inf, 0.0, 1.0
-        self._now = -math.inf
+        self._now, self._error = -math.inf, math.inf
         self.searching = False
 
     def look(self, error: float, dual: float, tolerance: float) -> None:
         """Decide what to do at a point with this error and dual."""
         if self.state == "stop":
             return
-        self._now = dual
+        self._now, self._error = dual, error
         arrived = self.epsilon <= self.target
         if arrived:
             # Where parts of the plan tie, the dual can rise for long before the error falls.
@@ -276,6 +285,15 @@ class _Descent:
         else:
             self.state = "step"
         self.steps += self.state != "stop"
+
+    def bounds(self, tolerance: float) -> tuple[float, float]:
+        """Return the damping of a step, and what conjugate gradients may leave of its right side.
+
+        The step need not lead any nearer than the tolerance.
+        """
+        error = max(self._error, _DAMPING[0])
+        slack = max(error, _OVERSOLVED * tolerance / error)
+        return min(error, _DAMPING[1]), min(slack, _SLACKEST)
 
     def go(self, slope: float, longest: float) -> None:
         """Take a new direction with this slope and largest entry."""
