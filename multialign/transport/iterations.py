@@ -21,8 +21,10 @@ __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
 
 # Newton begins where sweeps at these values of epsilon, in standard deviations of the cost, lead.
 # Where the cost hardly matters, sweeps do as much as steps, at a fraction of their price.
-_FIRST_LEVELS = (0.3, 0.1, 0.05)
-_FIRST_SWEEPS = 4
+import os
+_LV=[tuple(map(float,a.split('x'))) for a in os.environ.get('LV','.3x4,.1x4,.05x4').split(',')]
+_FIRST_LEVELS = tuple(a for a,_ in _LV)
+_FIRST_SWEEPS = [int(b) for _,b in _LV]
 # From there, a level is left for an epsilon this much smaller at an L1 error of at most (target
 # epsilon / deviation of the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass
 # that is in the wrong part by then takes a detour of many steps.
@@ -142,10 +144,10 @@ def newton(
     # The product of the marginals, which is the plan at epsilon = infinity.
     wanted = torch.cat(problem.marginals, -1)
     potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
-    for before, level in zip([levels[0], *levels], levels, strict=False):
+    for before, level, n in zip([levels[0], *levels], levels, _FIRST_SWEEPS, strict=False):
         # What the cost has added to the potentials is, in cost units, what stays the same.
         potentials = torch.lerp(product, potentials, (before / level).unsqueeze(-1))
-        potentials = plan.sweep(potentials, level, _FIRST_SWEEPS)
+        potentials = plan.sweep(potentials, level, n)
     if plan.dtype == torch.float32:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2

@@ -217,6 +217,8 @@ class _Table:
         return (total.log_() + top).squeeze(1), plan
 
 
+import os
+INNER=int(os.environ.get('INNER','3'))
 class _Triangle:
     """A plan of three marginals of K atoms each and three costs, by plain products of matrices.
 
@@ -248,8 +250,9 @@ class _Triangle:
         # multiplied by; `_trusted` is how large that may be, in units of the sum of the plan.
         smallest = nu.masked_fill(absent, 1.0).amin((0, 2))
         self._trusted = smallest * math.exp(math.log(_LOSS[dtype] / entries) - self._floor)
-        self._wanted = (nu * math.exp(3 * self._raised)).to(dtype)
-        self._absent = absent if bool(absent.any()) else None
+        self._wanted = (nu * math.exp(3 * self._raised)).to(dtype).unsqueeze(-1).unbind(0)
+        self._one = torch.ones_like(self._wanted[0])
+        self._absent = absent.unsqueeze(-1) if bool(absent.any()) else None
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
         found = self._read(potentials, epsilon)
@@ -274,18 +277,24 @@ class _Triangle:
     def sweep(self, potentials: Tensor, epsilon: Tensor, times: int = 1) -> Tensor:
         if self._logs is not None:
             return self._logs.sweep(potentials, epsilon, times)
-        x, y, z = self._factors(potentials, epsilon)
-        x, turned = x.mT.contiguous(), y.mT.contiguous()
+        tables = self._factors(potentials, epsilon).unbind(0)
+        turned = [table.mT for table in tables]
         ratios = []
         for _ in range(times):
-            joint = torch.bmm(y, z).mul_(x)
-            zeroth = self._ratio(0, joint.sum(-2))
-            first = self._ratio(1, torch.bmm(joint, zeroth.unsqueeze(-1)).squeeze(-1))
-            x.mul_(zeroth.unsqueeze(-2)).mul_(first.unsqueeze(-1))
-            second = self._ratio(2, torch.bmm(turned, x).mul_(z).sum(-1))
-            z.mul_(second.unsqueeze(-1))
-            ratios += [zeroth, first, second]
-        changes = torch.cat(ratios, -1).log_().double().view(self._batch, times, -1).sum(1)
+            firsts, seconds = [], []
+            for p in range(3):
+                joint = torch.bmm(turned[p - 1], turned[p - 2]).mul_(tables[p])
+                across = joint.mT
+                first, second = self._one, self._ratio(p - 2, joint.sum(-2).unsqueeze(-1))
+                for _ in range(INNER):
+                    first = self._ratio(p, torch.bmm(joint, second))
+                    second = self._ratio(p - 2, torch.bmm(across, first))
+                if INNER: tables[p].mul_(first).mul_(second.mT)
+                else: tables[p].mul_(second.mT)
+                firsts.append(first)
+                seconds.append(second)
+            ratios += [*firsts, seconds[2], seconds[0], seconds[1]] if INNER else [seconds[2], seconds[0], seconds[1]]
+        changes = torch.cat(ratios, 1).log_().double().view(self._batch, (2 if INNER else 1) * times, -1).sum(1)
         if not math.isfinite(changes.sum().item()):
             return self._in_logs().sweep(potentials, epsilon, times)
         return potentials + changes
@@ -317,7 +326,7 @@ class _Triangle:
         if epsilon is not self._scaled[0]:
             scaled = (self._cost / -epsilon.view(-1, 1, 1)).add_(self._raised)
             if self._absent is not None:
-                scaled.masked_fill_(self._absent.unsqueeze(-1), -math.inf)
+                scaled.masked_fill_(self._absent, -math.inf)
             self._scaled = (epsilon, scaled.to(self.dtype))
         around = torch.cat([potentials, potentials[:, : self._size]], -1).to(self.dtype)
         around = around.view(self._batch, 4, -1).transpose(0, 1)
@@ -326,7 +335,7 @@ class _Triangle:
         return torch.threshold_(x, self._floor, -math.inf).exp_()
 
     def _ratio(self, p: int, found: Tensor) -> Tensor:
-        """Return wanted over found marginals of one variable, 1 at absent atoms."""
+        """Return wanted over found marginals `(B, K, 1)` of one variable, 1 at absent atoms."""
         ratio = self._wanted[p] / found
         return ratio if self._absent is None else ratio.masked_fill_(self._absent[p], 1.0)
 
@@ -389,6 +398,8 @@ def _difference_quotient(
     return (now.marginals - moved) * (epsilon / step).unsqueeze(-1)
 
 
+PI=os.environ.get('PI','1')=='1'
+INT=int(os.environ.get('INT','2'))
 def _sweep_whole(
     plan: _Vector | _Table, problem: Problem, potentials: Tensor, epsilon: Tensor, times: int
 ) -> Tensor:
@@ -397,6 +408,34 @@ def _sweep_whole(
     variables = tuple(range(count))
     _, whole = plan.divided(potentials, epsilon)
     whole = whole.view(len(whole), *problem.sizes)
+    if PI and count > 2:
+        masks = [nu == 0 for nu in problem.marginals]
+        nus = [nu.unsqueeze(-1) for nu in problem.marginals]
+        absent = [m.unsqueeze(-1) for m in masks] if any(bool(m.any()) for m in masks) else None
+        def ratio(p, found):
+            r = nus[p] / found
+            return r if absent is None else r.masked_fill_(absent[p], 1.0)
+        changes = [torch.ones_like(nu) for nu in nus]
+        for p in variables * times:
+            q = (p + 1) % count
+            joint = whole.sum(axes_without((min(p, q), max(p, q)), count))
+            joint = joint if p < q else joint.mT
+            across = joint.mT
+            second = ratio(q, across.sum(-1, keepdim=True))
+            first = None
+            for _ in range(INT):
+                first = ratio(p, torch.bmm(joint, second))
+                second = ratio(q, torch.bmm(across, first))
+            if first is not None:
+                whole = whole.mul_(along(first.squeeze(-1), p, variables))
+                changes[p] = changes[p] * first
+            whole = whole.mul_(along(second.squeeze(-1), q, variables))
+            changes[q] = changes[q] * second
+        found = torch.cat(changes, 1).squeeze(-1).log()
+        if bool(found.isfinite().all()):
+            return potentials + found
+        _, whole = plan.divided(potentials, epsilon)
+        whole = whole.view(len(whole), *problem.sizes)
     ratios = []
     for p in variables * times:
         nu = problem.marginals[p]
