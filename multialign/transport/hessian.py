@@ -47,10 +47,10 @@ class Scaling:
     def __init__(self, marginals: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Prepare for equations solved in `dtype`."""
         self.sizes = [marginal.shape[-1] for marginal in marginals]
-        wanted = torch.cat(list(marginals), -1)
-        self.absent = wanted == 0
-        self.root = wanted.sqrt().to(dtype)
-        self.inverse = wanted.rsqrt().masked_fill_(self.absent, 0.0).to(dtype)
+        self.wanted = torch.cat(list(marginals), -1)
+        self.absent = self.wanted == 0
+        self.root = self.wanted.sqrt().to(dtype)
+        self.inverse = self.wanted.rsqrt().masked_fill_(self.absent, 0.0).to(dtype)
         self._outer: Tensor | None = None
         self._gauge: Tensor | None = None
 

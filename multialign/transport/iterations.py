@@ -19,12 +19,11 @@ from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
 
-# Newton begins where sweeps at these values of epsilon, in standard deviations of the cost, lead.
-# Where the cost hardly matters, sweeps do as much as steps, at a fraction of their price.
-import os
-_LV=[tuple(map(float,a.split('x'))) for a in os.environ.get('LV','.3x4,.1x4,.05x4').split(',')]
-_FIRST_LEVELS = tuple(a for a,_ in _LV)
-_FIRST_SWEEPS = [int(b) for _,b in _LV]
+# Newton begins where sweeps lead, at these values of epsilon in standard deviations of the cost:
+# while each sweep takes away half of the error, it does as much as a step at a fraction of its
+# price. Each sets pairs of potentials so many further times.
+_FIRST_LEVELS = (0.25, 0.05)
+_INNER = 4
 # From there, a level is left for an epsilon this much smaller at an L1 error of at most (target
 # epsilon / deviation of the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass
 # that is in the wrong part by then takes a detour of many steps.
@@ -94,7 +93,7 @@ def sinkhorn(
     while count < max_iterations:
         times = min(1 if count < _CHECKED_EACH else _CHECK_EVERY, max_iterations - count)
         count += times
-        swept = plan.sweep(potentials, epsilon, times)
+        swept, _ = plan.sweep(potentials, epsilon, times)
         potentials = torch.where(active.unsqueeze(-1), swept, potentials)
         iterations = iterations + active * times
         level_sweeps = level_sweeps + times
@@ -132,22 +131,15 @@ def newton(
     `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
     is then measured, and if that is needed improved, in float64.
     """
-    target, deviation = problem.epsilon, problem.deviation
-    levels = [torch.maximum(target, level * deviation) for level in _FIRST_LEVELS]
-    epsilon = levels[-1]
-    numbers = torch.stack([target, epsilon, deviation], 1).tolist()
-    descents = [_Descent(a, b, c, max_iterations) for a, b, c in numbers]
+    numbers = torch.stack([problem.epsilon, problem.deviation], 1).tolist()
     # Where the plan has its mass, the cost is a few deviations below its mean.
-    rounding = max(4 * row[2] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
+    rounding = max(4 * row[1] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance
     plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
-    # The product of the marginals, which is the plan at epsilon = infinity.
     wanted = torch.cat(problem.marginals, -1)
-    potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
-    for before, level, n in zip([levels[0], *levels], levels, _FIRST_SWEEPS, strict=False):
-        # What the cost has added to the potentials is, in cost units, what stays the same.
-        potentials = torch.lerp(product, potentials, (before / level).unsqueeze(-1))
-        potentials = plan.sweep(potentials, level, n)
+    potentials, level = _approach(plan, problem, wanted, numbers, tolerance)
+    epsilon = torch.maximum(problem.epsilon, level * problem.deviation)
+    descents = [_Descent(a, max(a, level * b), b, max_iterations) for a, b in numbers]
     if plan.dtype == torch.float32:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2
@@ -160,6 +152,31 @@ def newton(
     if any(descent.epsilon > descent.target or descent.searching for descent in descents):
         return finish(problem, plan, potentials, epsilon, iterations)
     return Iterate(_normalised(problem, potentials, now.log_total), iterations, error)
+
+
+def _approach(
+    plan: Plan, problem: Problem, wanted: Tensor, numbers: list[list[float]], tolerance: float
+) -> tuple[Tensor, float]:
+    """Sweep at falling epsilon as long as it pays; return potentials and the last level."""
+    # The product of the marginals, which is the plan at epsilon = infinity.
+    potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
+    epsilon, last = problem.epsilon, _FIRST_LEVELS[-1]
+    for level in _FIRST_LEVELS:
+        before, epsilon = epsilon, torch.maximum(problem.epsilon, level * problem.deviation)
+        arrived = level == last or all(a >= level * b for a, b in numbers)
+        if level < _FIRST_LEVELS[0]:
+            # What the cost has added to the potentials is, in cost units, what stays the same.
+            potentials = torch.lerp(product, potentials, (before / epsilon).unsqueeze(-1))
+        for _ in range(plan.rounds if arrived else 1):
+            potentials, moved = plan.sweep(potentials, epsilon, 2, _INNER)
+            errors = moved.tolist()
+            halved = all(second <= first / 2 for first, second in errors)
+            solved = all(second**2 <= first * tolerance / 2 for first, second in errors)
+            if solved or not halved:
+                break
+        if arrived or not halved:
+            break
+    return potentials, level
 
 
 def _descend(
@@ -214,7 +231,7 @@ def _descend(
                 fresh = epsilon.new_tensor(lengths).unsqueeze(-1) * fresh
             potentials = potentials + fresh
             if states[0] == "onward":
-                potentials = plan.sweep(potentials, epsilon)
+                potentials, _ = plan.sweep(potentials, epsilon, 1, _INNER)
             continue
 
         def where(*chosen: str, states: Sequence[str] = states) -> Tensor:
@@ -226,7 +243,7 @@ def _descend(
         ahead = start + epsilon.new_tensor(lengths).unsqueeze(-1) * direction
         if "onward" in states or "sweep" in states:
             ahead = torch.where(where("sweep"), start, ahead)
-            swept = plan.sweep(ahead, epsilon)
+            swept, _ = plan.sweep(ahead, epsilon, 1, _INNER)
             ahead = torch.where(where("onward", "sweep"), swept, ahead)
         potentials = torch.where(where("stop"), potentials, ahead)
 
