@@ -90,10 +90,12 @@ def test_all_that_is_read_of_a_plan_is_what_another_form_reads():
     for potentials in (start, start + torch.randn_like(start)):
         args = potentials, checked.epsilon
         torch.testing.assert_close(ours.marginals(*args), whole.marginals(*args))
-        # Up to a constant, which a sweep may leave in the plan.
-        swept = [form.sweep(*args, 3) for form in (ours, whole)]
-        difference = (swept[0] - swept[1]).view(2, 3, -1)
-        torch.testing.assert_close(difference, difference[..., :1].expand_as(difference))
+        for inner in (0, 1, 3):
+            (swept, moved), (other, far) = [form.sweep(*args, 3, inner) for form in (ours, whole)]
+            torch.testing.assert_close(moved, far)
+            # Up to a constant, which a sweep may leave in the plan.
+            difference = (swept - other).view(2, 3, -1)
+            torch.testing.assert_close(difference, difference[..., :1].expand_as(difference))
         now, other = ours.evaluate(*args), whole.evaluate(*args)
         torch.testing.assert_close(now.log_total, other.log_total)
         torch.testing.assert_close(
@@ -117,7 +119,7 @@ def test_it_is_used_only_where_it_is_right(dtype, gap):
             checked = make_problem(costs, marginals, relative * deviation(costs, marginals))
             exact = plans._Pairwise(checked, torch.float64, "torch")
             potentials = torch.cat(checked.marginals, -1).log()
-            potentials = exact.sweep(potentials, checked.epsilon, 3)
+            potentials, _ = exact.sweep(potentials, checked.epsilon, 3)
             potentials = potentials + stretch * torch.randn_like(potentials)
             found = plans._Triangle(checked, dtype)._read(potentials, checked.epsilon)
             used.append(found is not None)

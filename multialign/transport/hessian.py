@@ -145,7 +145,10 @@ class PairwiseHessian:
             right, damping, tolerance, min(steps, _TRIAL_STEPS) if fits else steps
         )
         if fits and not solved:
-            build = lambda: self._scaling.matrix(dense(self._found))
+
+            def build() -> Tensor:
+                return self._scaling.matrix(dense(self._found))
+
             direct = DenseHessian(self._scaling, build)
             return direct.solve(right, damping, tolerance, steps)
         return solution

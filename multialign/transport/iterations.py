@@ -137,9 +137,12 @@ def newton(
     single = single and rounding <= _SINGLE * tolerance
     plan = make_plan(problem, torch.float32 if single else torch.float64, backend)
     wanted = torch.cat(problem.marginals, -1)
-    potentials, level = _approach(plan, problem, wanted, numbers, tolerance)
-    epsilon = torch.maximum(problem.epsilon, level * problem.deviation)
-    descents = [_Descent(a, max(a, level * b), b, max_iterations) for a, b in numbers]
+    approaches = [_Approach(target, deviation, plan.rounds) for target, deviation in numbers]
+    potentials, epsilon = _approach(plan, wanted, approaches, tolerance)
+    descents = [
+        _Descent(target, deviation, approach.epsilon, max_iterations)
+        for (target, deviation), approach in zip(numbers, approaches, strict=True)
+    ]
     if plan.dtype == torch.float32:
         potentials, epsilon, _, _ = _descend(
             plan, wanted, potentials, epsilon, descents, tolerance / 2
@@ -155,28 +158,50 @@ def newton(
 
 
 def _approach(
-    plan: Plan, problem: Problem, wanted: Tensor, numbers: list[list[float]], tolerance: float
-) -> tuple[Tensor, float]:
-    """Sweep at falling epsilon as long as it pays; return potentials and the last level."""
+    plan: Plan, wanted: Tensor, approaches: list[_Approach], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Sweep at falling epsilon as long as it pays; return the potentials and epsilon."""
     # The product of the marginals, which is the plan at epsilon = infinity.
     potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
-    epsilon, last = problem.epsilon, _FIRST_LEVELS[-1]
-    for level in _FIRST_LEVELS:
-        before, epsilon = epsilon, torch.maximum(problem.epsilon, level * problem.deviation)
-        arrived = level == last or all(a >= level * b for a, b in numbers)
-        if level < _FIRST_LEVELS[0]:
+    epsilons = [approach.epsilon for approach in approaches]
+    epsilon = wanted.new_tensor(epsilons)
+    going = [True] * len(approaches)
+    while any(going):
+        swept, moved = plan.sweep(potentials, epsilon, 2, _INNER)
+        if not all(going):
+            these = torch.tensor(going, device=wanted.device).unsqueeze(-1)
+            swept = torch.where(these, swept, potentials)
+        potentials = swept
+        for approach, (first, second) in zip(approaches, moved.tolist(), strict=True):
+            approach.look(first, second, tolerance)
+        lower, before = [approach.epsilon for approach in approaches], epsilon
+        if lower != epsilons:
+            epsilons, epsilon = lower, wanted.new_tensor(lower)
             # What the cost has added to the potentials is, in cost units, what stays the same.
             potentials = torch.lerp(product, potentials, (before / epsilon).unsqueeze(-1))
-        for _ in range(plan.rounds if arrived else 1):
-            potentials, moved = plan.sweep(potentials, epsilon, 2, _INNER)
-            errors = moved.tolist()
-            halved = all(second <= first / 2 for first, second in errors)
-            solved = all(second**2 <= first * tolerance / 2 for first, second in errors)
-            if solved or not halved:
-                break
-        if arrived or not halved:
-            break
-    return potentials, level
+        going = [approach.going for approach in approaches]
+    return potentials, epsilon
+
+
+class _Approach:
+    """How one problem goes through the first levels."""
+
+    def __init__(self, target: float, deviation: float, rounds: int) -> None:
+        levels = [max(target, level * deviation) for level in _FIRST_LEVELS]
+        self.epsilon, self._rounds, self.going = levels[0], rounds, True
+        self._lower = [level for level in levels if level < levels[0]]
+
+    def look(self, first: float, second: float, tolerance: float) -> None:
+        """Decide how to go on after two sweeps that moved the potentials so far."""
+        if not self.going:
+            return
+        halved = second <= first / 2
+        if halved and self._lower:
+            self.epsilon = self._lower.pop(0)
+            return
+        self._rounds -= 1
+        solved = second**2 <= first * tolerance / 2
+        self.going = halved and not solved and self._rounds > 0
 
 
 def _descend(
@@ -256,7 +281,7 @@ def _descend(
 class _Descent:
     """How one problem goes down in epsilon, and how its line search goes."""
 
-    def __init__(self, target: float, epsilon: float, deviation: float, budget: int) -> None:
+    def __init__(self, target: float, deviation: float, epsilon: float, budget: int) -> None:
         self.target, self.epsilon, self._budget = target, epsilon, budget
         depth = (target / max(target, deviation)) ** _LEVEL_POWER
         self._level_error = min(max(depth, _LEVEL_ERRORS[0]), _LEVEL_ERRORS[1])

@@ -12,7 +12,6 @@ subtracted, which acts on nothing that Newton's equation contains.)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import combinations
 from typing import NamedTuple, Protocol
@@ -432,9 +431,15 @@ def _difference_quotient(
 
 
 def _moved(potentials: Tensor, changes: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """Return potentials after changes `(B, times, S)`, and how far each moved them."""
-    far = torch.linalg.vecdot(changes.abs(), scaling.wanted.unsqueeze(1))
-    return potentials + changes.sum(1), far
+    """Return potentials after changes `(B, times, S)`, and how far each moved them.
+
+    The first potential that is set takes log Z as well, which moves nothing of the plan.
+    """
+    moved = potentials + changes.sum(1)
+    wanted, size = scaling.wanted, scaling.sizes[0]
+    first = changes[:, 0, :size]
+    first -= torch.linalg.vecdot(first, wanted[:, :size]).unsqueeze(-1)
+    return moved, torch.linalg.vecdot(changes.abs_(), wanted.unsqueeze(1))
 
 
 def _sweep_whole(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from multialign._validation import (
     check_alike,
@@ -151,10 +152,8 @@ def make_problem(
         return x.double().reshape((batch.numel(), *shape))
 
     normalised, absent = _normalise([flat(weight, 1) for weight in weights])
-    flat_costs = {
-        scope: _blank(flat(table, len(scope)), scope, absent) for scope, table in tables.items()
-    }
-    centred, offsets, variance = _centre(flat_costs, normalised)
+    flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
+    centred, offsets, variance = _centre(flat_costs, normalised, absent)
     return Problem(
         costs=centred,
         offsets=offsets,
@@ -264,23 +263,15 @@ def _normalise(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     for indices in _alike(weights):
         weight = _stack([weights[i] for i in indices])
         zero = weight == 0
-        blank = torch.where(zero, 0.0, math.nan)
-        weight = torch.where(weight > 0, weight, blank)
+        # Without gradient where it is not positive: 0 or NaN.
+        weight = torch.where(weight > 0, weight, weight.detach().sqrt())
         total = weight.sum(-1, keepdim=True)
-        out = total == 0
-        nu = weight / torch.where(out, 1.0, total)
-        first = torch.zeros_like(nu[0, :1])
-        first[:, 0] = 1
-        nu = torch.where(out, first, nu)
+        out = (total == 0).to(weight.dtype)
+        # One atom for those without mass.
+        nu = (weight + functional.pad(out, (0, weight.shape[-1] - 1))) / (total + out)
         for i, one, its_zero in zip(indices, nu.unbind(0), zero.unbind(0), strict=True):
             normalised[i], absent[i] = one, its_zero
     return normalised, absent
-
-
-def _blank(cost: Tensor, scope: Scope, absent: Sequence[Tensor]) -> Tensor:
-    """Set the cost of absent atoms to 0: whatever stands there cannot reach the result."""
-    masks = [along(absent[variable], variable, scope) for variable in scope]
-    return cost.masked_fill(reduce(torch.logical_or, masks), 0.0)
 
 
 def along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
@@ -290,14 +281,15 @@ def along(vector: Tensor, variable: int, scope: Scope) -> Tensor:
 
 
 def _centre(
-    costs: Mapping[Scope, Tensor], marginals: Sequence[Tensor]
+    costs: Mapping[Scope, Tensor], marginals: Sequence[Tensor], absent: Sequence[Tensor]
 ) -> tuple[dict[Scope, Tensor], list[Tensor], Tensor]:
     """Split each cost into a part of mean 0 given any one variable and parts of one variable.
 
     What depends on one variable alone moves into its potential and does not change the plan, so a
     modality gap of any size costs no digits. The weights of the means are constants: any split is
     exact. The variance of the first part comes third: centred costs of different edges are
-    uncorrelated, so their variances add.
+    uncorrelated, so their variances add. Before, the cost of absent atoms is set to 0: whatever
+    stands there cannot reach the result.
     """
     offsets: dict[int, Tensor] = {}
     centred = dict(costs)
@@ -306,34 +298,43 @@ def _centre(
     for indices in _alike(tables):
         group = [scopes[n] for n in indices]
         cost = _stack([tables[n] for n in indices])
-        weights = [
-            _stack([marginals[scope[axis]].detach() for scope in group])
-            for axis in range(len(group[0]))
-        ]
-        means = [_mean_given(cost, weights, axis) for axis in range(len(weights))]
+        axes = range(len(group[0]))
+        masks = [_stack([absent[scope[axis]] for scope in group]) for axis in axes]
+        masks = [_spread(mask, axis, len(axes)) for axis, mask in enumerate(masks)]
+        cost = cost.masked_fill(reduce(torch.logical_or, masks), 0.0)
+        weights = [_stack([marginals[scope[axis]] for scope in group]).detach() for axis in axes]
+        means = [_mean_given(cost, weights, axis) for axis in axes]
         mean = (means[0] * weights[0]).sum(-1, keepdim=True)
         share = mean * ((len(means) - 1) / len(means))
         for axis, given in enumerate(means):
             part = given - share
-            shape = [part.shape[-1] if axis == other else 1 for other in range(len(means))]
-            cost = cost - part.reshape(*part.shape[:2], *shape)
+            cost = cost - _spread(part, axis, len(axes))
             for scope, one in zip(group, part.unbind(0), strict=True):
                 p = scope[axis]
                 offsets[p] = offsets[p] + one if p in offsets else one
         square = _mean_given(cost.detach().square(), weights, 0)
         variance = variance + (square * weights[0]).sum((0, -1))
         centred.update(zip(group, cost.unbind(0), strict=True))
-    missing = torch.zeros_like
-    return centred, [offsets.get(p, missing(nu)) for p, nu in enumerate(marginals)], variance
+    for p, nu in enumerate(marginals):
+        if p not in offsets:
+            offsets[p] = torch.zeros_like(nu)
+    return centred, [offsets[p] for p in range(len(marginals))], variance
+
+
+def _spread(x: Tensor, axis: int, count: int) -> Tensor:
+    """Shape `(E, B, K)` of one axis to broadcast against tables `(E, B, K_1, ..., K_count)`."""
+    size = x.shape[-1]
+    return x.reshape(*x.shape[:2], *[size if other == axis else 1 for other in range(count)])
 
 
 def _mean_given(cost: Tensor, weights: Sequence[Tensor], axis: int) -> Tensor:
     """Return the weighted means of tables `(E, B, K, ...)` over all axes but one."""
-    cost = cost.movedim(2 + axis, 2)
+    batch = cost.shape[:2]
+    cost = cost.flatten(0, 1).movedim(1 + axis, 1)
     for weight in reversed([w for other, w in enumerate(weights) if other != axis]):
-        weight = weight.reshape(*weight.shape[:2], *[1] * (cost.ndim - 4), weight.shape[-1], 1)
-        cost = (cost @ weight).squeeze(-1)
-    return cost
+        shape = cost.shape[:-1]
+        cost = torch.bmm(cost.flatten(1, -2), weight.flatten(0, 1).unsqueeze(-1)).view(shape)
+    return cost.view(*batch, cost.shape[-1])
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -147,13 +147,20 @@ class TransportSolution:
         """Return the dual objective, whose gradient at fixed potentials is exact (Danskin)."""
         problem = self._problem
         wanted = torch.cat(problem.marginals, -1)
-        dual = (self._fixed * wanted).sum(-1) - read_log_total(problem, self._fixed)
+        dual = (self._fixed * wanted).sum(-1)
+        if self._is_recorded():
+            # It is 0, but its gradient is not.
+            dual = dual - read_log_total(problem, self._fixed)
         return problem.epsilon * dual + (torch.cat(problem.offsets, -1) * wanted).sum(-1)
+
+    def _is_recorded(self) -> bool:
+        """Return whether gradients are recorded."""
+        inputs = [*self._problem.costs.values(), *self._problem.marginals, self._problem.epsilon]
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def _potentials(self) -> Tensor:
         """Return the potentials in units of epsilon, with their gradient where one is recorded."""
-        inputs = [*self._problem.costs.values(), *self._problem.marginals, self._problem.epsilon]
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        if not self._is_recorded():
             return self._fixed
         if self._attached is None:
             problem = self._problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -167,7 +168,7 @@ def _solve(
         iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend) or newton(
             problem, tolerance, max_iterations, single, backend
         )
-    stopped = iterate.error.isfinite() & (iterate.error > tolerance)
+    stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
     if bool(stopped.any()):
         warnings.warn(
             f"{int(stopped.sum())} of {stopped.numel()} transport problems did not reach "
