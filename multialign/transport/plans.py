@@ -256,7 +256,10 @@ class _Triangle:
         self._cost = torch.stack(
             [problem.costs[(0, 1)], problem.costs[(1, 2)], problem.costs[(0, 2)].mT]
         )
-        self._scaled = (torch.empty(()), self._cost)
+        nothing = torch.empty(())
+        self._scaled = (nothing, self._cost)
+        # Where the last sweep ended: potentials, epsilon, and the tables as it left them.
+        self._swept = (nothing, nothing, nothing)
         self._matrix: RingMatrix | None = None
         self._logs: _Table | _Pairwise | None = None
         # The product of two entries above exp(floor) is no denormal; half of what three may have
@@ -279,9 +282,7 @@ class _Triangle:
             return self._in_logs().evaluate(potentials, epsilon)
         log_total, marginals, tables = found
         if _is_dense(self._scaling):
-            if self._matrix is None:
-                self._matrix = RingMatrix(self._scaling)
-            build = partial(self._matrix.fill, tables, marginals)
+            build = partial(self._fill, tables, marginals)
             return Evaluation(log_total, marginals, DenseHessian(self._scaling, build), None)
         singles = dict(enumerate(marginals.to(self.dtype).split(self._size, -1)))
         edges = {(0, 1): tables[0], (0, 2): tables[2].mT, (1, 2): tables[1]}
@@ -298,7 +299,11 @@ class _Triangle:
     ) -> tuple[Tensor, Tensor]:
         if self._logs is not None:
             return self._logs.sweep(potentials, epsilon, times, inner)
-        tables = self._factors(potentials, epsilon).unbind(0)
+        if potentials is self._swept[0] and epsilon is self._swept[1]:
+            factors = self._swept[2]
+        else:
+            factors = self._factors(potentials, epsilon)
+        tables = factors.unbind(0)
         turned = [table.mT for table in tables]
         ratios: list[Tensor] = []
         for _ in range(times):
@@ -322,6 +327,7 @@ class _Triangle:
         swept, moved = _moved(potentials, changes.sum(2), self._scaling)
         if not math.isfinite(moved.sum().item()):
             return self._in_logs().sweep(potentials, epsilon, times, inner)
+        self._swept = swept, epsilon, factors
         return swept, moved
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,6 +364,11 @@ class _Triangle:
         x = torch.add(self._scaled[1], around[:3].unsqueeze(-1), alpha=0.5)
         x.add_(around[1:].unsqueeze(-2), alpha=0.5)
         return torch.threshold_(x, self._floor, -math.inf).exp_()
+
+    def _fill(self, tables: Tensor, marginals: Tensor) -> Tensor:
+        if self._matrix is None:
+            self._matrix = RingMatrix(self._scaling)
+        return self._matrix.fill(tables, marginals)
 
     def _ratio(self, p: int, found: Tensor) -> Tensor:
         """Return wanted over found marginals `(B, K, 1)` of one variable, 1 at absent atoms."""
@@ -431,15 +442,9 @@ def _difference_quotient(
 
 
 def _moved(potentials: Tensor, changes: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """Return potentials after changes `(B, times, S)`, and how far each moved them.
-
-    The first potential that is set takes log Z as well, which moves nothing of the plan.
-    """
-    moved = potentials + changes.sum(1)
-    wanted, size = scaling.wanted, scaling.sizes[0]
-    first = changes[:, 0, :size]
-    first -= torch.linalg.vecdot(first, wanted[:, :size]).unsqueeze(-1)
-    return moved, torch.linalg.vecdot(changes.abs_(), wanted.unsqueeze(1))
+    """Return potentials after changes `(B, times, S)`, and how far each moved them."""
+    far = torch.linalg.vecdot(changes.abs(), scaling.wanted.unsqueeze(1))
+    return potentials + changes.sum(1), far
 
 
 def _sweep_whole(
