@@ -305,26 +305,22 @@ class _Triangle:
             factors = self._factors(potentials, epsilon)
         tables = factors.unbind(0)
         turned = [table.mT for table in tables]
-        ratios: list[Tensor] = []
-        for _ in range(times):
-            befores = []
+        # What each sweep multiplies each potential by when it is visited, and before the next is.
+        ratios = factors.new_ones(times, 3, 2, self._batch, self._size, 1)
+        slots, found = ratios.flatten(0, 2).unbind(0), torch.empty_like(ratios[0, 0, 0])
+        for first in range(0, len(slots), 6):
             for p in range(3):
+                here, before = slots[first + 2 * p], slots[first + 2 * ((p - 1) % 3) + 1]
                 # The plan of p - 1 and p.
                 joint = torch.bmm(turned[p - 2], turned[p]).mul_(tables[p - 1])
                 across = joint.mT
-                ratio = self._ratio(p, joint.sum(-2).unsqueeze(-1))
-                before = None
+                self._divide(p, torch.bmm(across, before, out=found), here)
                 for _ in range(inner):
-                    before = self._ratio(p - 1, torch.bmm(joint, ratio))
-                    ratio = self._ratio(p, torch.bmm(across, before))
-                tables[p - 1].mul_(ratio.mT)
-                ratios.append(ratio)
-                if before is not None:
-                    tables[p - 1].mul_(before)
-                    befores.append(before)
-            ratios += befores[1:] + befores[:1]
-        changes = torch.cat(ratios, 1).log_().double().view(self._batch, times, -1, 3 * self._size)
-        swept, moved = _moved(potentials, changes.sum(2), self._scaling)
+                    self._divide(p - 1, torch.bmm(joint, here, out=found), before)
+                    self._divide(p, torch.bmm(across, before, out=found), here)
+                tables[p - 1].mul_(here.mT).mul_(before)
+        changes = ratios.log_().sum(2).permute(2, 0, 1, 3, 4).reshape(self._batch, times, -1)
+        swept, moved = _moved(potentials, changes.double(), self._scaling)
         if not math.isfinite(moved.sum().item()):
             return self._in_logs().sweep(potentials, epsilon, times, inner)
         self._swept = swept, epsilon, factors
@@ -339,11 +335,11 @@ class _Triangle:
         if self._logs is not None:
             return None
         factors = self._factors(potentials, epsilon)
-        ring = torch.cat([factors, factors[:2]]).flatten(0, 1)
-        others = torch.bmm(ring[self._batch : -self._batch], ring[2 * self._batch :])
-        others = others.view_as(factors)
+        turned, others = factors.mT.unbind(0), torch.empty_like(factors)
+        for p, other in enumerate(others.unbind(0)):
+            torch.bmm(turned[p - 1], turned[p - 2], out=other)
         largest = others.amax((0, 2, 3))
-        tables = factors.mul_(others.mT)
+        tables = factors.mul_(others)
         marginals = tables.sum(-1)
         total = marginals[0].double().sum(-1)
         if not bool((largest <= self._trusted * total).all()):
@@ -370,10 +366,11 @@ class _Triangle:
             self._matrix = RingMatrix(self._scaling)
         return self._matrix.fill(tables, marginals)
 
-    def _ratio(self, p: int, found: Tensor) -> Tensor:
-        """Return wanted over found marginals `(B, K, 1)` of one variable, 1 at absent atoms."""
-        ratio = self._wanted[p] / found
-        return ratio if self._absent is None else ratio.masked_fill_(self._absent[p], 1.0)
+    def _divide(self, p: int, found: Tensor, ratio: Tensor) -> None:
+        """Set ratios of wanted and found marginals `(B, K, 1)` of one variable, 1 if absent."""
+        torch.div(self._wanted[p], found, out=ratio)
+        if self._absent is not None:
+            ratio.masked_fill_(self._absent[p], 1.0)
 
     def _in_logs(self) -> _Table | _Pairwise:
         if self._logs is None:
