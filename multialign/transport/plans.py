@@ -12,6 +12,7 @@ subtracted, which acts on nothing that Newton's equation contains.)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import combinations
 from typing import NamedTuple, Protocol
@@ -132,6 +133,7 @@ class _Vector:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._scaling = Scaling(problem.marginals, self.dtype)
+        self._pairs = _PairSweeps(problem.marginals, [nu == 0 for nu in problem.marginals])
         self._incidence = _incidence(tuple(problem.sizes), problem.epsilon.device)
         self._cost = join(problem.costs, problem.sizes).flatten(1)
         self._absent = self._scaling.absent.double() @ self._incidence.mT > 0
@@ -152,7 +154,7 @@ class _Vector:
     def sweep(
         self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
     ) -> tuple[Tensor, Tensor]:
-        changes = _sweep_whole(self, self._problem, potentials, epsilon, times, inner)
+        changes = _sweep_whole(self, self._pairs, self._problem, potentials, epsilon, times, inner)
         return _moved(potentials, changes, self._scaling)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +184,7 @@ class _Table:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._scaling = Scaling(problem.marginals, self.dtype)
+        self._pairs = _PairSweeps(problem.marginals, [nu == 0 for nu in problem.marginals])
         self._cost = join(problem.costs, problem.sizes)
         count = len(problem.sizes)
         self._axes = {scope: axes_without(scope, count) for scope in combinations(range(count), 2)}
@@ -207,7 +210,7 @@ class _Table:
     def sweep(
         self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
     ) -> tuple[Tensor, Tensor]:
-        changes = _sweep_whole(self, self._problem, potentials, epsilon, times, inner)
+        changes = _sweep_whole(self, self._pairs, self._problem, potentials, epsilon, times, inner)
         return _moved(potentials, changes, self._scaling)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +276,8 @@ class _Triangle:
         # multiplied by; `_trusted` is how large that may be, in units of the sum of the plan.
         smallest = nu.masked_fill(absent, 1.0).amin((0, 2))
         self._trusted = smallest * math.exp(math.log(_LOSS[dtype] / entries) - self._floor)
-        self._wanted = (nu * math.exp(3 * self._raised)).to(dtype).unsqueeze(-1).unbind(0)
+        wanted = (nu * math.exp(3 * self._raised)).to(dtype)
+        self._pairs = _PairSweeps(wanted.unbind(0), absent.unbind(0))
         self._absent = absent.unsqueeze(-1) if bool(absent.any()) else None
 
     def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
@@ -305,22 +309,15 @@ class _Triangle:
             factors = self._factors(potentials, epsilon)
         tables = factors.unbind(0)
         turned = [table.mT for table in tables]
-        # What each sweep multiplies each potential by when it is visited, and before the next is.
-        ratios = factors.new_ones(times, 3, 2, self._batch, self._size, 1)
-        slots, found = ratios.flatten(0, 2).unbind(0), torch.empty_like(ratios[0, 0, 0])
-        for first in range(0, len(slots), 6):
-            for p in range(3):
-                here, before = slots[first + 2 * p], slots[first + 2 * ((p - 1) % 3) + 1]
-                # The plan of p - 1 and p.
-                joint = torch.bmm(turned[p - 2], turned[p]).mul_(tables[p - 1])
-                across = joint.mT
-                self._divide(p, torch.bmm(across, before, out=found), here)
-                for _ in range(inner):
-                    self._divide(p - 1, torch.bmm(joint, here, out=found), before)
-                    self._divide(p, torch.bmm(across, before, out=found), here)
-                tables[p - 1].mul_(here.mT).mul_(before)
-        changes = ratios.log_().sum(2).permute(2, 0, 1, 3, 4).reshape(self._batch, times, -1)
-        swept, moved = _moved(potentials, changes.double(), self._scaling)
+
+        def joint(p: int) -> Tensor:
+            return torch.bmm(turned[p - 2], turned[p]).mul_(tables[p - 1])
+
+        def scale(p: int, here: Tensor, before: Tensor) -> None:
+            tables[p - 1].mul_(here.mT).mul_(before)
+
+        changes = self._pairs.sweep(times, inner, joint, scale)
+        swept, moved = _moved(potentials, changes, self._scaling)
         if not math.isfinite(moved.sum().item()):
             return self._in_logs().sweep(potentials, epsilon, times, inner)
         self._swept = swept, epsilon, factors
@@ -365,12 +362,6 @@ class _Triangle:
         if self._matrix is None:
             self._matrix = RingMatrix(self._scaling)
         return self._matrix.fill(tables, marginals)
-
-    def _divide(self, p: int, found: Tensor, ratio: Tensor) -> None:
-        """Set ratios of wanted and found marginals `(B, K, 1)` of one variable, 1 if absent."""
-        torch.div(self._wanted[p], found, out=ratio)
-        if self._absent is not None:
-            ratio.masked_fill_(self._absent[p], 1.0)
 
     def _in_logs(self) -> _Table | _Pairwise:
         if self._logs is None:
@@ -444,8 +435,56 @@ def _moved(potentials: Tensor, changes: Tensor, scaling: Scaling) -> tuple[Tenso
     return potentials + changes.sum(1), far
 
 
+class _PairSweeps:
+    """Sweeps over a plan that is multiplied in place."""
+
+    def __init__(self, wanted: Sequence[Tensor], absent: Sequence[Tensor]) -> None:
+        """Prepare for marginals `(B, K_p)`, up to a factor, without the atoms that are absent."""
+        self._wanted = [nu.unsqueeze(-1) for nu in wanted]
+        some = bool(torch.cat(list(absent), -1).any())
+        self._absent = [mask.unsqueeze(-1) for mask in absent] if some else None
+
+    def sweep(
+        self,
+        times: int,
+        inner: int,
+        joint: Callable[[int], Tensor],
+        scale: Callable[[int, Tensor, Tensor], None],
+    ) -> Tensor:
+        """Return the changes of potentials, `(B, times, S)`; not finite where the plan underflows.
+
+        Args:
+            times: How many sweeps.
+            inner: How often each pair of variables is set in turn.
+            joint: Returns the plan's marginal of variables p - 1 and p.
+            scale: Multiplies the plan by factors `(B, K, 1)` of p, and of p - 1.
+        """
+        # What each sweep multiplies each potential by when it is visited, and before the next is.
+        ratios = [nu.new_ones(times, 2, *nu.shape) for nu in self._wanted]
+        slots = [ratio.flatten(0, 1).unbind(0) for ratio in ratios]
+        sums = [torch.empty_like(nu) for nu in self._wanted]
+
+        def match(p: int, table: Tensor, other: Tensor, ratio: Tensor) -> None:
+            torch.div(self._wanted[p], torch.bmm(table, other, out=sums[p]), out=ratio)
+            if self._absent is not None:
+                ratio.masked_fill_(self._absent[p], 1.0)
+
+        for first in range(0, 2 * times, 2):
+            for p in range(len(slots)):
+                here, before, table = slots[p][first], slots[p - 1][first + 1], joint(p)
+                turned = table.mT
+                match(p, turned, before, here)
+                for _ in range(inner):
+                    match(p - 1, table, here, before)
+                    match(p, turned, before, here)
+                scale(p, here, before)
+        changes = torch.cat(ratios, 3).log_().sum(1)
+        return changes.squeeze(-1).transpose(0, 1).double()
+
+
 def _sweep_whole(
     plan: _Vector | _Table,
+    pairs: _PairSweeps,
     problem: Problem,
     potentials: Tensor,
     epsilon: Tensor,
@@ -458,43 +497,30 @@ def _sweep_whole(
     """
     count = len(problem.sizes)
     variables = tuple(range(count))
-    _, whole = plan.divided(potentials, epsilon)
-    whole = whole.view(len(whole), *problem.sizes)
-    absent = [nu == 0 for nu in problem.marginals]
+    whole = plan.divided(potentials, epsilon)[1].view(len(potentials), *problem.sizes)
 
-    def ratio(p: int, found: Tensor) -> Tensor:
-        return (problem.marginals[p] / found).masked_fill_(absent[p], 1.0)
+    def joint(p: int) -> Tensor:
+        before = (p - 1) % count
+        axes = axes_without((before, p), count)
+        table = whole.sum(axes) if axes else whole
+        return table if before < p else table.mT
 
-    ratios: list[Tensor] = []
-    for _ in range(times):
-        befores = []
-        for p in variables:
-            before = (p - 1) % count
-            axes = axes_without((before, p), count)
-            joint = whole.sum(axes) if axes else whole
-            joint = joint if before < p else joint.mT
-            here = ratio(p, joint.sum(1))
-            there = None
-            for _ in range(inner):
-                there = ratio(before, torch.bmm(joint, here.unsqueeze(-1)).squeeze(-1))
-                here = ratio(p, torch.bmm(there.unsqueeze(-2), joint).squeeze(-2))
-            whole = whole.mul_(along(here, p, variables))
-            ratios.append(here)
-            if there is not None:
-                whole = whole.mul_(along(there, before, variables))
-                befores.append(there)
-        ratios += befores[1:] + befores[:1]
-    changes = torch.cat(ratios, -1).log_().view(len(whole), times, -1, potentials.shape[-1]).sum(2)
+    def scale(p: int, here: Tensor, before: Tensor) -> None:
+        whole.mul_(along(here.squeeze(-1), p, variables))
+        if inner:
+            whole.mul_(along(before.squeeze(-1), (p - 1) % count, variables))
+
+    changes = pairs.sweep(times, inner, joint, scale)
     if bool(changes.isfinite().all()):
         return changes
-    exponent = plan.exponent(potentials, epsilon).view(len(whole), *problem.sizes)
+    exponent = plan.exponent(potentials, epsilon).view(len(potentials), *problem.sizes)
     steps = []
     for p in variables * times:
         step = problem.marginals[p].log() - exponent.logsumexp(axes_without((p,), count))
-        step = step.masked_fill(absent[p], 0.0)
+        step = step.masked_fill(problem.marginals[p] == 0, 0.0)
         exponent = exponent.add_(along(step, p, variables))
         steps.append(step)
-    return torch.cat(steps, -1).view(len(whole), times, -1)
+    return torch.cat(steps, -1).view(len(potentials), times, -1)
 
 
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
