@@ -164,8 +164,8 @@ class _Vector:
     def divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         """Return log Z, and the plan divided by it, `(B, n)`."""
         exponent = self.exponent(potentials, epsilon)
-        log_total = exponent.logsumexp(-1, keepdim=True)
-        return log_total.squeeze(-1), (exponent - log_total).exp()
+        plan = exponent.softmax(-1)
+        return exponent.amax(-1) - plan.amax(-1).log_(), plan
 
     def exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         """Return log of the plan times Z, `(B, n)`."""
