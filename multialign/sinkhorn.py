@@ -299,10 +299,12 @@ def _solve(
     epsilon: Tensor,
     options: Options,
     dtype: torch.dtype,
+    *,
+    symmetric: bool = False,
 ) -> TransportSolution:
     masses = [mass.double() for mass in marginals]
     problem = make_problem(costs, masses, epsilon, dtype=dtype)
-    return solve_problem(problem, *options)
+    return solve_problem(problem, *options, symmetric=symmetric)
 
 
 def _self_terms(
@@ -311,6 +313,7 @@ def _self_terms(
     """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`."""
     count = len(samples.features)
     sizes = {x.shape[-2] for x in samples.features}
+    symmetric = 2 * len(edges) == count * (count - 1)
     # Clouds of equal size are solved side by side.
     groups = [list(range(count))] if len(sizes) == 1 else [[i] for i in range(count)]
     total = torch.zeros_like(epsilon)
@@ -321,7 +324,7 @@ def _self_terms(
         # The copy that stands for an absent modality is as absent.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
         problem = (dict.fromkeys(edges, cost), copies, epsilon)
-        values = _solve(*problem, options, torch.float64).value
+        values = _solve(*problem, options, torch.float64, symmetric=symmetric).value
         total = total + (values * samples.present[group]).sum(0)
     return total / samples.present.sum(0).clamp_min(1)
 

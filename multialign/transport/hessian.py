@@ -15,7 +15,15 @@ from torch import Tensor
 
 from multialign.transport.elimination import Beliefs
 
-__all__ = ["DenseHessian", "Hessian", "PairwiseHessian", "RingMatrix", "Scaling", "dense"]
+__all__ = [
+    "AppliedHessian",
+    "DenseHessian",
+    "Hessian",
+    "RingMatrix",
+    "Scaling",
+    "dense",
+    "pairwise_hessian",
+]
 
 # Up to this many entries the matrix is factored where conjugate gradients are slow: with three
 # marginals that costs about as much as the pairwise marginals did. So many of their steps are
@@ -51,6 +59,8 @@ class Scaling:
         self.absent = self.wanted == 0
         self.root = self.wanted.sqrt().to(dtype)
         self.inverse = self.wanted.rsqrt().masked_fill_(self.absent, 0.0).to(dtype)
+        self.slow = False
+        """Whether conjugate gradients were slow already."""
         self._outer: Tensor | None = None
         self._gauge: Tensor | None = None
 
@@ -122,35 +132,33 @@ class DenseHessian:
         return inverse * solution.squeeze(-1)
 
 
-class PairwiseHessian:
-    """H through the pairwise marginals, for more atoms than a matrix could hold.
+class AppliedHessian:
+    """H as what it does to a vector, for more atoms than a matrix could hold.
 
-    For a variable j that was summed out as a leaf beside i, only the table (i, j) is known; given
-    k_i, k_j depends on nothing else. So the mean of sum_p v_p given one variable, which is H v but
-    for the marginal, is collected from the leaves and passed back to them.
+    With `build`, a matrix can be made of it.
     """
 
-    def __init__(self, scaling: Scaling, found: Beliefs) -> None:
-        self._scaling, self._found = scaling, found
-        leaves = {step.variable for step in found.leaves}
-        self._core = [p for p in sorted(found.marginals) if p not in leaves]
-        entries = scaling.root.numel() * scaling.root.shape[-1]
-        self._joined = not leaves and entries <= _JOINED_ENTRIES
-        self._matrix: Tensor | None = None
+    def __init__(
+        self,
+        scaling: Scaling,
+        times: Callable[[Tensor], Tensor],
+        build: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._scaling, self._times, self._build = scaling, times, build
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
-        fits = not self._found.leaves and len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
+        fits = len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
+        build = self._build if fits else None
+        if build and self._scaling.slow:
+            return DenseHessian(self._scaling, build).solve(right, damping, tolerance, steps)
         solution, solved = self._iterate(
-            right, damping, tolerance, min(steps, _TRIAL_STEPS) if fits else steps
+            right, damping, tolerance, min(steps, _TRIAL_STEPS) if build else steps
         )
-        if fits and not solved:
-
-            def build() -> Tensor:
-                return self._scaling.matrix(dense(self._found))
-
-            direct = DenseHessian(self._scaling, build)
-            return direct.solve(right, damping, tolerance, steps)
+        if build and not solved:
+            # It will not be better conditioned at a smaller epsilon.
+            self._scaling.slow = True
+            return DenseHessian(self._scaling, build).solve(right, damping, tolerance, steps)
         return solution
 
     def _iterate(
@@ -167,7 +175,7 @@ class PairwiseHessian:
         for _ in range(steps):
             if not bool((square > enough).any()):
                 return inverse * solution, True
-            image = torch.addcmul(inverse * self.times(inverse * direction), damping, direction)
+            image = torch.addcmul(inverse * self._times(inverse * direction), damping, direction)
             curvature = (direction * image).sum(-1, keepdim=True)
             # What is solved already has nothing but rounding left.
             length = torch.where(curvature > 0, square / curvature, 0.0)
@@ -177,7 +185,24 @@ class PairwiseHessian:
             direction = torch.addcmul(residual, square / before.clamp_min(tiny), direction)
         return inverse * solution, False
 
-    def times(self, vector: Tensor) -> Tensor:
+
+class PairwiseProduct:
+    """H v by the pairwise marginals.
+
+    For a variable j that was summed out as a leaf beside i, only the table (i, j) is known; given
+    k_i, k_j depends on nothing else. So the mean of sum_p v_p given one variable, which is H v but
+    for the marginal, is collected from the leaves and passed back to them.
+    """
+
+    def __init__(self, scaling: Scaling, found: Beliefs) -> None:
+        self._scaling, self._found = scaling, found
+        leaves = {step.variable for step in found.leaves}
+        self._core = [p for p in sorted(found.marginals) if p not in leaves]
+        entries = scaling.root.numel() * scaling.root.shape[-1]
+        self._joined = not leaves and entries <= _JOINED_ENTRIES
+        self._matrix: Tensor | None = None
+
+    def __call__(self, vector: Tensor) -> Tensor:
         """Return H v, `(B, S)`."""
         if self._joined:
             if self._matrix is None:
@@ -210,6 +235,13 @@ class PairwiseHessian:
                 others = _divide(result[i], m[i]) - collected[j]
                 result[j] = result[j] + _times(found.table(j, i), others)
         return torch.cat([result[p] for p in range(len(result))], -1)
+
+
+def pairwise_hessian(scaling: Scaling, found: Beliefs) -> AppliedHessian:
+    """Return H of a plan known by its pairwise marginals."""
+    known = not found.leaves
+    build = (lambda: scaling.matrix(dense(found))) if known else None
+    return AppliedHessian(scaling, PairwiseProduct(scaling, found), build)
 
 
 def dense(found: Beliefs) -> Tensor:

@@ -23,20 +23,23 @@ from torch import Tensor
 from multialign.transport.elimination import (
     Beliefs,
     Edge,
+    Scope,
     Which,
     Worker,
     axes_without,
     beliefs,
     join,
+    log_marginal,
     sweep,
 )
 from multialign.transport.hessian import (
+    AppliedHessian,
     DenseHessian,
     Hessian,
-    PairwiseHessian,
     RingMatrix,
     Scaling,
     dense,
+    pairwise_hessian,
 )
 from multialign.transport.problem import Problem, along, log_marginals
 
@@ -104,6 +107,8 @@ class Plan(Protocol):
 
 def make_plan(problem: Problem, dtype: torch.dtype, backend: Worker = "torch") -> Plan:
     """Return the form of the plan that is fastest; `dtype` is that of large tables."""
+    if problem.copies > 1:
+        return _Copies(problem, backend)
     entries = math.prod(problem.sizes) * problem.epsilon.numel()
     if entries * sum(problem.sizes) ** 2 <= _VECTOR_WORK:
         return _Vector(problem)
@@ -244,10 +249,8 @@ class _Triangle:
     """A plan of three marginals of K atoms each and three costs, by plain products of matrices.
 
     The plan is X_0(i, j) X_1(j, k) X_2(k, i), with half of each potential in either table it
-    belongs to; what a table is multiplied by is the product of the two after it, transposed. The
-    tables use the whole exponent range: they are raised by a constant, and entries below a floor
-    are dropped, so that no product is denormal. Where that could lose what counts, another form
-    takes over.
+    belongs to; what a table is multiplied by is the product of the two after it, transposed. Where
+    the exponent range could lose what counts, another form takes over.
     """
 
     rounds = 4
@@ -265,18 +268,10 @@ class _Triangle:
         self._swept = (nothing, nothing, nothing)
         self._matrix: RingMatrix | None = None
         self._logs: _Table | _Pairwise | None = None
-        # The product of two entries above exp(floor) is no denormal; half of what three may have
-        # below the largest number is left to entries of a plan that are larger than 1.
-        limits, entries = torch.finfo(dtype), 3 * self._size**2
-        self._floor = math.log(limits.tiny) / 2
-        self._raised = (math.log(limits.max) - math.log(entries)) / 6
         nu = torch.stack(problem.marginals)
         absent = nu == 0
-        # What is dropped of the plan is less than exp(floor) times the sum of what each entry is
-        # multiplied by; `_trusted` is how large that may be, in units of the sum of the plan.
-        smallest = nu.masked_fill(absent, 1.0).amin((0, 2))
-        self._trusted = smallest * math.exp(math.log(_LOSS[dtype] / entries) - self._floor)
-        wanted = (nu * math.exp(3 * self._raised)).to(dtype)
+        self._range = _Range(nu, dtype)
+        wanted = (nu * math.exp(3 * self._range.raised)).to(dtype)
         self._pairs = _PairSweeps(wanted.unbind(0), absent.unbind(0))
         self._absent = absent.unsqueeze(-1) if bool(absent.any()) else None
 
@@ -290,7 +285,7 @@ class _Triangle:
             return Evaluation(log_total, marginals, DenseHessian(self._scaling, build), None)
         singles = dict(enumerate(marginals.to(self.dtype).split(self._size, -1)))
         edges = {(0, 1): tables[0], (0, 2): tables[2].mT, (1, 2): tables[1]}
-        hessian = PairwiseHessian(self._scaling, Beliefs(log_total, singles, edges))
+        hessian = pairwise_hessian(self._scaling, Beliefs(log_total, singles, edges))
         return Evaluation(log_total, marginals, hessian, None)
 
     def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
@@ -339,16 +334,16 @@ class _Triangle:
         tables = factors.mul_(others)
         marginals = tables.sum(-1)
         total = marginals[0].double().sum(-1)
-        if not bool((largest <= self._trusted * total).all()):
+        if not self._range.holds(largest, total):
             return None
         shares = (total if self._batch == 1 else total.unsqueeze(-1)).to(self.dtype)
         marginals = (marginals / shares).transpose(0, 1).reshape(self._batch, -1).double()
-        return total.log() - 3 * self._raised, marginals, tables.div_(shares.unsqueeze(-1))
+        return total.log() - 3 * self._range.raised, marginals, tables.div_(shares.unsqueeze(-1))
 
     def _factors(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
         """Return X_0, X_1 and X_2, raised, `(3, B, K, K)`."""
         if epsilon is not self._scaled[0]:
-            scaled = (self._cost / -epsilon.view(-1, 1, 1)).add_(self._raised)
+            scaled = (self._cost / -epsilon.view(-1, 1, 1)).add_(self._range.raised)
             if self._absent is not None:
                 scaled.masked_fill_(self._absent, -math.inf)
             self._scaled = (epsilon, scaled.to(self.dtype))
@@ -356,7 +351,7 @@ class _Triangle:
         around = around.view(self._batch, 4, -1).transpose(0, 1)
         x = torch.add(self._scaled[1], around[:3].unsqueeze(-1), alpha=0.5)
         x.add_(around[1:].unsqueeze(-2), alpha=0.5)
-        return torch.threshold_(x, self._floor, -math.inf).exp_()
+        return self._range.exp_(x)
 
     def _fill(self, tables: Tensor, marginals: Tensor) -> Tensor:
         if self._matrix is None:
@@ -367,6 +362,34 @@ class _Triangle:
         if self._logs is None:
             self._logs = _in_logarithms(self._problem, self.dtype, "torch")
         return self._logs
+
+
+class _Range:
+    """The whole exponent range, for tables X with the plan X_0(i, j) X_1(j, k) X_2(k, i).
+
+    They are raised by a constant, and entries below a floor are dropped, so that no product is
+    denormal.
+    """
+
+    def __init__(self, marginals: Tensor, dtype: torch.dtype) -> None:
+        """Prepare for marginals `(n, B, K)`."""
+        # The product of two entries above exp(floor) is no denormal; half of what three may have
+        # below the largest number is left to entries of a plan that are larger than 1.
+        limits, entries = torch.finfo(dtype), 3 * marginals.shape[-1] ** 2
+        self._floor = math.log(limits.tiny) / 2
+        self.raised = (math.log(limits.max) - math.log(entries)) / 6
+        # What is dropped of the plan is less than exp(floor) times the sum of what each entry is
+        # multiplied by; `_trusted` is how large that may be, in units of the sum of the plan.
+        smallest = marginals.masked_fill(marginals == 0, 1.0).amin((0, 2))
+        self._trusted = smallest * math.exp(math.log(_LOSS[dtype] / entries) - self._floor)
+
+    def exp_(self, x: Tensor) -> Tensor:
+        """Return a table, given its logarithm with `raised` added, in the same storage."""
+        return torch.threshold_(x, self._floor, -math.inf).exp_()
+
+    def holds(self, largest: Tensor, total: Tensor) -> bool:
+        """Whether what tables are multiplied by is small enough, `(B,)`, for a plan's sum."""
+        return bool((largest <= self._trusted * total).all())
 
 
 class _Pairwise:
@@ -415,6 +438,123 @@ class _Pairwise:
             self._scaled = (epsilon, {(i, j): table.to(self.dtype) for (i, j), table in pairs})
         unaries = (potentials + self._nowhere).to(self.dtype).split(self._problem.sizes, -1)
         return list(unaries), self._scaled[1]
+
+
+class _Copies:
+    """A plan over M copies of one variable, each with each at the same symmetric cost.
+
+    The copies have one potential. Everything here is that of one of them: log Z is divided by M,
+    and H, which acts on the potential of all, is diag(m) + (M - 1) P with P a pair's marginal.
+    """
+
+    dtype = torch.float64
+    rounds = 1
+
+    def __init__(self, problem: Problem, backend: Worker) -> None:
+        self._problem, self._backend, self._count = problem, backend, problem.copies
+        self._scaling = Scaling(problem.marginals, self.dtype)
+        self._wanted = log_marginals(problem)[0]
+        nothing = torch.empty(())
+        self._scaled, self._raised = (nothing, nothing), (nothing, nothing)
+        # Three are read by plain products of matrices while the exponent range holds them.
+        plain = backend == "torch" and self._count == 3
+        self._range = _Range(problem.marginals[0].unsqueeze(0), self.dtype) if plain else None
+
+    def evaluate(self, potentials: Tensor, epsilon: Tensor) -> Evaluation:
+        found = self._read(potentials, epsilon)
+        if found is None:
+            pair = self._log_marginal(potentials, epsilon, (0, 1))
+            log_total = pair.flatten(1).logsumexp(1)
+            pair = pair.sub_(log_total[:, None, None]).exp_()
+        else:
+            total, pair = found
+            log_total, pair = self._log(total), pair.div_(total[:, None, None])
+        marginal = pair.sum(-1)
+
+        def times(vector: Tensor) -> Tensor:
+            others = torch.bmm(pair, vector.unsqueeze(-1)).squeeze(-1)
+            return torch.add(marginal * vector, others, alpha=self._count - 1)
+
+        def build() -> Tensor:
+            matrix = pair * (self._count - 1)
+            matrix.diagonal(dim1=-2, dim2=-1).add_(marginal)
+            return self._scaling.matrix(matrix)
+
+        hessian: Hessian = AppliedHessian(self._scaling, times, build)
+        if _is_dense(self._scaling):
+            hessian = DenseHessian(self._scaling, build)
+        return Evaluation(log_total / self._count, marginal, hessian, None)
+
+    def tangent(self, potentials: Tensor, epsilon: Tensor, now: Evaluation) -> Tensor:
+        return _difference_quotient(self, self._problem, potentials, epsilon, now)
+
+    def sweep(
+        self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Move the potential by 1 / M of what would set one copy's, that of each at once.
+
+        References:
+            :cite:t:`feydy:19`, Section 3.1, for two.
+        """
+        changes, swept = [], potentials
+        for _ in range(times):
+            _, marginal = self._log_marginals(swept, epsilon)
+            change = (self._wanted - marginal).masked_fill(self._scaling.absent, 0.0)
+            swept = swept + change / self._count
+            changes.append(change)
+        return swept, _moved(potentials, torch.stack(changes, 1), self._scaling)[1]
+
+    def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        log_total, marginal = self._log_marginals(potentials, epsilon)
+        return log_total / self._count, marginal.exp()
+
+    def _log_marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log Z, and the logarithm of m."""
+        found = self._read(potentials, epsilon)
+        if found is not None:
+            total, pair = found
+            marginal = pair.sum(-1).div_(total.unsqueeze(-1)).log_()
+            if bool((marginal > -math.inf).logical_or_(self._scaling.absent).all()):
+                return self._log(total), marginal
+            self._range = None
+        joint = self._log_marginal(potentials, epsilon, (0,))
+        log_total = joint.logsumexp(-1, keepdim=True)
+        return log_total.squeeze(-1), joint - log_total
+
+    def _read(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the sum of a plan of three, and the marginal of a pair times it, both raised.
+
+        None where these would not be right.
+        """
+        if self._range is None:
+            return None
+        if epsilon is not self._raised[0]:
+            scaled = (self._problem.costs[(0, 1)] / -epsilon[:, None, None]).add_(
+                self._range.raised
+            )
+            absent = self._scaling.absent
+            scaled.masked_fill_(absent.unsqueeze(-1) | absent.unsqueeze(-2), -math.inf)
+            self._raised = (epsilon, scaled)
+        half = potentials / 2
+        table = self._range.exp_(self._raised[1] + (half.unsqueeze(-1) + half.unsqueeze(-2)))
+        others = torch.bmm(table, table)
+        pair = table.mul_(others)
+        total = pair.sum((1, 2))
+        if not self._range.holds(others.amax((1, 2)), total):
+            self._range = None
+            return None
+        return total, pair
+
+    def _log(self, total: Tensor) -> Tensor:
+        assert self._range is not None
+        return total.log() - 3 * self._range.raised
+
+    def _log_marginal(self, potentials: Tensor, epsilon: Tensor, keep: Scope) -> Tensor:
+        if epsilon is not self._scaled[0]:
+            self._scaled = (epsilon, self._problem.pairs(epsilon)[(0, 1)])
+        unaries = self._problem.unaries(potentials) * self._count
+        pairs = dict.fromkeys(combinations(range(self._count), 2), self._scaled[1])
+        return log_marginal(unaries, pairs, keep, self._backend)
 
 
 def _difference_quotient(
@@ -526,7 +666,7 @@ def _sweep_whole(
 def _hessian(scaling: Scaling, found: Beliefs) -> Hessian:
     if _is_dense(scaling):
         return DenseHessian(scaling, lambda: scaling.matrix(dense(found)))
-    return PairwiseHessian(scaling, found)
+    return pairwise_hessian(scaling, found)
 
 
 def _is_dense(scaling: Scaling) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -48,6 +48,8 @@ class Problem:
     """The shape that B flattens."""
     dtype: torch.dtype
     """The dtype of the results."""
+    copies: int = 1
+    """If more: one marginal, and the cost of one pair, stand for so many variables alike."""
 
     @property
     def sizes(self) -> list[int]:
@@ -75,6 +77,16 @@ class Problem:
             scope: cost / -epsilon.reshape(len(epsilon), *[1] * len(scope))
             for scope, cost in self.costs.items()
         }
+
+    def folded(self) -> Problem:
+        """Return the problem as that of copies of one variable; they have to be alike."""
+        return replace(
+            self,
+            costs={(0, 1): next(iter(self.costs.values()))},
+            offsets=self.offsets[:1],
+            marginals=self.marginals[:1],
+            copies=len(self.marginals),
+        )
 
     def detach(self) -> Problem:
         """Return the same problem without gradient."""

@@ -114,8 +114,14 @@ def solve_problem(
     max_iterations: int,
     method: Method,
     backend: Backend,
+    *,
+    symmetric: bool = False,
 ) -> TransportSolution:
-    """Solve a problem that has been checked."""
+    """Solve a problem that has been checked.
+
+    A problem is `symmetric` if all variables have the same symmetric cost with each other. Where
+    they have the same marginal too, it is solved as one of copies of one variable.
+    """
     worker = choose_backend(backend, problem.epsilon)
     if tolerance is None:
         tolerance = default_tolerance(problem.dtype)
@@ -128,6 +134,7 @@ def solve_problem(
                 tolerance,
                 max_iterations,
                 worker,
+                symmetric,
             )
         )
         return TransportSolution(problem, iterate, tolerance)
@@ -139,7 +146,7 @@ def solve_problem(
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
         "str method, bool single, float tolerance, int max_iterations, "
-        "str backend) -> (Tensor, Tensor, Tensor)"
+        "str backend, bool symmetric) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -153,6 +160,7 @@ def _solve(
     tolerance: float,
     max_iterations: int,
     backend: Worker,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
 
@@ -164,12 +172,15 @@ def _solve(
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
     # Where autograd will never look, operations on small tensors take a tenth less time.
     with torch.inference_mode():
-        if method == "sinkhorn":
-            iterate = sinkhorn(problem, tolerance, max_iterations, backend)
-        else:
-            iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend) or newton(
-                problem, tolerance, max_iterations, single, backend
-            )
+        iterate = (
+            None
+            if method == "sinkhorn"
+            else _solve_at_once(problem, tolerance, max_iterations, single, backend)
+        )
+        if iterate is None:
+            alike = symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:])
+            solve = _solve_folded if alike else _iterate
+            iterate = solve(problem, tolerance, max_iterations, method, single, backend)
     iterate = Iterate(*(x.clone() for x in iterate))
     stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
     if bool(stopped.any()):
@@ -195,12 +206,42 @@ def _(
     tolerance: float,
     max_iterations: int,
     backend: Worker,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.empty_like(torch.cat(marginals, -1))
     return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
 
 
 register_batched_vmap(_solve)
+
+
+def _iterate(
+    problem: Problem,
+    tolerance: float,
+    max_iterations: int,
+    method: str,
+    single: bool,
+    backend: Worker,
+) -> Iterate:
+    if method == "sinkhorn":
+        return sinkhorn(problem, tolerance, max_iterations, backend)
+    return newton(problem, tolerance, max_iterations, single, backend)
+
+
+def _solve_folded(
+    problem: Problem,
+    tolerance: float,
+    max_iterations: int,
+    method: str,
+    single: bool,
+    backend: Worker,
+) -> Iterate:
+    """Solve for one of M variables that are alike, and give its potential to all."""
+    count = len(problem.marginals)
+    potentials, iterations, error = _iterate(
+        problem.folded(), tolerance / count, max_iterations, method, single, backend
+    )
+    return Iterate(potentials.repeat(1, count), iterations, count * error)
 
 
 def _solve_at_once(
