@@ -38,7 +38,8 @@ class TransportSolution:
     Attributes:
         value: :math:`\langle T, C \rangle + \epsilon \sum T \log T`, :math:`(*\text{batch})`, in
             cost units. It may be negative: the entropy term is.
-        iterations: Steps taken, :math:`(*\text{batch})`.
+        iterations: Newton steps, without the sweeps before them, or with "sinkhorn" sweeps,
+            :math:`(*\text{batch})`.
         error: Sum over p of the L1 distance of the plan's marginal from :math:`\nu_p`,
             :math:`(*\text{batch})`.
         converged: Whether `error` is at most the tolerance, :math:`(*\text{batch})`.
