@@ -69,8 +69,8 @@ def multi_marginal_sinkhorn(
             None: 1e-6 in float64 and 1e-4 in float32.
         max_iterations: Where it stops without convergence.
         method: "sinkhorn" sweeps over the marginals; "newton", which is what "auto" takes, begins
-            with sweeps as long as these pay, follows the solution down in :math:`\epsilon` by Newton
-            steps, and needs few of them however small it is.
+            with sweeps as long as these pay, follows the solution down in :math:`\epsilon` by
+            Newton steps, and needs few of them however small it is.
         backend: "triton" for the CUDA kernels, "torch", or "auto": the kernels for CUDA tensors
             where triton is installed.
 
