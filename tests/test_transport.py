@@ -403,18 +403,21 @@ def gradients_are_right(sizes, graph, name):
     return gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
 
 
-FORMS = ["vector", "table", "pairwise", "conjugate gradients"]
+FORMS = ["vector", "table", "pairwise", "factored", "conjugate gradients"]
 
 
 def use(monkeypatch, form):
     """Let small problems be solved and read in a form that is for larger ones."""
     if form != "vector":
         monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    if form in ("pairwise", "conjugate gradients"):
+    if form in ("pairwise", "factored", "conjugate gradients"):
         monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
         monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
-    if form == "conjugate gradients":
+    if form in ("factored", "conjugate gradients"):
         monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+    if form == "factored":
+        monkeypatch.setattr(hessian, "_TRIAL_STEPS", 0)
+    if form == "conjugate gradients":
         monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
 
 

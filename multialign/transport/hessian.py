@@ -8,6 +8,7 @@ side of differences of marginals is orthogonal to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -54,6 +55,8 @@ class Scaling:
 
     def __init__(self, marginals: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Prepare for equations solved in `dtype`."""
+        self._marginals, self._dtype = list(marginals), dtype
+        self._parts: dict[tuple[int, ...], Scaling] = {}
         self.sizes = [marginal.shape[-1] for marginal in marginals]
         self.wanted = torch.cat(list(marginals), -1)
         self.absent = self.wanted == 0
@@ -70,6 +73,13 @@ class Scaling:
             self._outer = self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
             self._gauge = self.gauge()
         return torch.addcmul(self._gauge, self._outer, hessian)
+
+    def part(self, *variables: int) -> Scaling:
+        """Return the scaling for some of the variables, the same each time."""
+        if variables not in self._parts:
+            marginals = [self._marginals[p] for p in variables]
+            self._parts[variables] = Scaling(marginals, self._dtype)
+        return self._parts[variables]
 
     def gauge(self) -> Tensor:
         """Return what is added to the scaled matrix, `(B, S, S)`; of absent atoms a unit matrix."""
@@ -135,30 +145,32 @@ class DenseHessian:
 class AppliedHessian:
     """H as what it does to a vector, for more atoms than a matrix could hold.
 
-    With `build`, a matrix can be made of it.
+    `build` makes the scaled matrix of it, which takes as long as `trial` steps.
     """
 
     def __init__(
         self,
         scaling: Scaling,
         times: Callable[[Tensor], Tensor],
-        build: Callable[[], Tensor] | None = None,
+        build: Callable[[], Tensor],
+        trial: int = 0,
     ) -> None:
         self._scaling, self._times, self._build = scaling, times, build
+        self._trial = max(_TRIAL_STEPS, trial)
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
         fits = len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
-        build = self._build if fits else None
-        if build and self._scaling.slow:
-            return DenseHessian(self._scaling, build).solve(right, damping, tolerance, steps)
+        direct = DenseHessian(self._scaling, self._build)
+        if fits and self._scaling.slow:
+            return direct.solve(right, damping, tolerance, steps)
         solution, solved = self._iterate(
-            right, damping, tolerance, min(steps, _TRIAL_STEPS) if build else steps
+            right, damping, tolerance, min(steps, self._trial) if fits else steps
         )
-        if build and not solved:
+        if fits and not solved:
             # It will not be better conditioned at a smaller epsilon.
             self._scaling.slow = True
-            return DenseHessian(self._scaling, build).solve(right, damping, tolerance, steps)
+            return direct.solve(right, damping, tolerance, steps)
         return solution
 
     def _iterate(
@@ -186,62 +198,111 @@ class AppliedHessian:
         return inverse * solution, False
 
 
-class PairwiseProduct:
-    """H v by the pairwise marginals.
+class BranchedHessian:
+    """H of a plan of which some variables were summed out as leaves, by a form of its inverse.
 
-    For a variable j that was summed out as a leaf beside i, only the table (i, j) is known; given
-    k_i, k_j depends on nothing else. So the mean of sum_p v_p given one variable, which is H v but
-    for the marginal, is collected from the leaves and passed back to them.
+    Given its neighbour i, a leaf j depends on nothing else. With P the table (i, j), E_i the unit
+    matrix in the rows of i and r_i = E_i^T r,
+
+        H^-1 = H_core^-1 + sum_j Q_j S_j^-1 Q_j^T,  Q_j = E_j - E_i diag(1 / m_i) P,
+        S_j = diag(m_j) - P^T diag(1 / m_i) P
+
+    (for a leaf without a neighbour, Q_j = E_j and S_j = diag(m_j)): the inverse of a covariance
+    with conditional independences :cite:`lauritzen:96`, which the second moments of the indicators
+    of k_1, ..., k_M have. So every table is inverted alone. The direction is one of ascent however
+    exactly that is done.
     """
 
     def __init__(self, scaling: Scaling, found: Beliefs) -> None:
         self._scaling, self._found = scaling, found
         leaves = {step.variable for step in found.leaves}
-        self._core = [p for p in sorted(found.marginals) if p not in leaves]
-        entries = scaling.root.numel() * scaling.root.shape[-1]
-        self._joined = not leaves and entries <= _JOINED_ENTRIES
-        self._matrix: Tensor | None = None
+        self._core = tuple(p for p in sorted(found.marginals) if p not in leaves)
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Return H v, `(B, S)`."""
-        if self._joined:
-            if self._matrix is None:
-                self._matrix = dense(self._found)
-            return _times(self._matrix, vector)
-        found, m = self._found, self._found.marginals
-        v = dict(enumerate(vector.split(self._scaling.sizes, -1)))
-        collected: dict[int, Tensor] = {}
-        constant = vector.new_zeros((len(vector), 1))
-        for j, neighbours, _ in found.leaves:
-            for i in neighbours:
-                collected[j] = _divide(_times(found.table(i, j), v[j]), m[i])
-                v[i] = v[i] + collected[j]
+    def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
+        """Solve it; damping is added to all marginals in the formula."""
+        scaling, m = self._scaling, self._found.marginals
+        dtype, count = scaling.root.dtype, len(scaling.sizes)
+        more = damping.to(dtype).unsqueeze(-1) * scaling.root.square()
+        more = more.masked_fill(scaling.absent, 1.0).split(scaling.sizes, -1)
+        mass = [m[p] + more[p] for p in range(count)]
+        # Products of smaller entries would be denormal, and slow.
+        least = torch.finfo(dtype).tiny ** 0.5
+        # H times a vector of ones is M times the marginals.
+        parts = list(right.to(dtype).split(scaling.sizes, -1))
+        sums = torch.stack([part.sum(-1, keepdim=True) for part in parts])
+        parts = [
+            part - total * m[p] for p, (part, total) in enumerate(zip(parts, sums, strict=True))
+        ]
+        result = [(sums.mean(0) / count).expand_as(part) for part in parts]
+        for j, neighbours, _ in self._found.leaves:
             if not neighbours:
-                collected[j] = (m[j] * v[j]).sum(-1, keepdim=True)
-                constant = constant + collected[j]
-        result: dict[int, Tensor] = {}
-        for p in self._core:
-            result[p] = m[p] * (v[p] + constant)
-            for q in self._core:
-                if q != p:
-                    result[p] = result[p] + _times(found.table(p, q), v[q])
-        for p in self._core:
-            constant = constant + (m[p] * v[p]).sum(-1, keepdim=True)
-        for j, neighbours, _ in reversed(found.leaves):
-            result[j] = m[j] * v[j]
-            if not neighbours:
-                result[j] = result[j] + m[j] * (constant - collected[j])
+                result[j] = result[j] + parts[j] / mass[j]
             for i in neighbours:
-                others = _divide(result[i], m[i]) - collected[j]
-                result[j] = result[j] + _times(found.table(j, i), others)
-        return torch.cat([result[p] for p in range(len(result))], -1)
+                table = torch.threshold(self._found.table(i, j), least, 0.0)
+                reduced = parts[j] - _times(table.mT, parts[i] / mass[i])
+                conditional = self._conditional(j, table, mass[i])
+                own = conditional.solve(reduced, damping, tolerance, steps)
+                result[j] = result[j] + own
+                result[i] = result[i] - _times(table, own) / mass[i]
+        if self._core:
+            core = self._scaling.part(*self._core)
+            joined = torch.cat([parts[p] for p in self._core], -1)
+            inner = _core_hessian(core, self._between(self._core))
+            blocks = inner.solve(joined, damping, tolerance, steps).split(core.sizes, -1)
+            for p, block in zip(self._core, blocks, strict=True):
+                result[p] = result[p] + block
+        return torch.cat(result, -1)
+
+    def _conditional(self, j: int, table: Tensor, mass: Tensor) -> AppliedHessian:
+        """Return S_j."""
+        scaling, marginal = self._scaling.part(j), self._found.marginals[j]
+
+        def times(vector: Tensor) -> Tensor:
+            return marginal * vector - _times(table.mT, _times(table, vector) / mass)
+
+        def build() -> Tensor:
+            root = table * mass.rsqrt().unsqueeze(-1)
+            matrix = torch.bmm(root.mT, -root)
+            matrix.diagonal(dim1=-2, dim2=-1).add_(marginal)
+            # It takes constants to 0.
+            ones = scaling.root.unsqueeze(-1) * scaling.root.unsqueeze(-2)
+            return scaling.matrix(matrix) + ones
+
+        return AppliedHessian(scaling, times, build, table.shape[-1] // 16)
+
+    def _between(self, variables: tuple[int, ...]) -> Beliefs:
+        """Return the marginals of some variables, numbered anew, and of pairs of them."""
+        number = {p: n for n, p in enumerate(variables)}
+        marginals = {number[p]: self._found.marginals[p] for p in variables}
+        tables = {
+            (number[i], number[j]): table
+            for (i, j), table in self._found.tables.items()
+            if i in number and j in number
+        }
+        return Beliefs(self._found.log_total, marginals, tables)
 
 
-def pairwise_hessian(scaling: Scaling, found: Beliefs) -> AppliedHessian:
+def pairwise_hessian(scaling: Scaling, found: Beliefs) -> Hessian:
     """Return H of a plan known by its pairwise marginals."""
-    known = not found.leaves
-    build = (lambda: scaling.matrix(dense(found))) if known else None
-    return AppliedHessian(scaling, PairwiseProduct(scaling, found), build)
+    return BranchedHessian(scaling, found) if found.leaves else _core_hessian(scaling, found)
+
+
+def _core_hessian(scaling: Scaling, found: Beliefs) -> AppliedHessian:
+    m, count = found.marginals, len(found.marginals)
+    joined = scaling.root.numel() * scaling.root.shape[-1] <= _JOINED_ENTRIES
+    matrix = cache(partial(dense, found))
+
+    def times(vector: Tensor) -> Tensor:
+        if joined:
+            return _times(matrix(), vector)
+        v = vector.split(scaling.sizes, -1)
+        result = [m[p] * v[p] for p in range(count)]
+        for i, j in found.tables:
+            result[i] = result[i] + _times(found.tables[(i, j)], v[j])
+            result[j] = result[j] + _times(found.tables[(i, j)].mT, v[i])
+        return torch.cat(result, -1)
+
+    return AppliedHessian(scaling, times, lambda: scaling.matrix(matrix()))
 
 
 def dense(found: Beliefs) -> Tensor:
@@ -259,8 +320,3 @@ def dense(found: Beliefs) -> Tensor:
 
 def _times(table: Tensor, vector: Tensor) -> Tensor:
     return torch.bmm(table, vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _divide(x: Tensor, mass: Tensor) -> Tensor:
-    """Return x / mass, or 0 where there is no mass."""
-    return torch.where(mass == 0, 0.0, x / torch.where(mass == 0, 1.0, mass))
