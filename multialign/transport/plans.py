@@ -417,14 +417,14 @@ class _Pairwise:
     def sweep(
         self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
     ) -> tuple[Tensor, Tensor]:
-        changes, swept = [], potentials
+        moved = []
         for _ in range(times):
-            unaries, pairs = self._factors(swept, epsilon)
-            found = torch.cat(sweep(unaries, pairs, self._wanted, self._backend), -1).double()
-            found = torch.where(self._scaling.absent, 0.0, found)
-            changes.append(found - swept)
-            swept = found
-        return swept, _moved(potentials, torch.stack(changes, 1), self._scaling)[1]
+            unaries, pairs = self._factors(potentials, epsilon)
+            swept = torch.cat(sweep(unaries, pairs, self._wanted, self._backend), -1).double()
+            swept = torch.where(self._scaling.absent, 0.0, swept)
+            moved.append(_distance(swept - potentials, self._scaling))
+            potentials = swept
+        return potentials, torch.stack(moved, 1)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         found = beliefs(*self._factors(potentials, epsilon), "edges", self._backend)
@@ -496,13 +496,13 @@ class _Copies:
         References:
             :cite:t:`feydy:19`, Section 3.1, for two.
         """
-        changes, swept = [], potentials
+        moved = []
         for _ in range(times):
-            _, marginal = self._log_marginals(swept, epsilon)
+            _, marginal = self._log_marginals(potentials, epsilon)
             change = (self._wanted - marginal).masked_fill(self._scaling.absent, 0.0)
-            swept = swept + change / self._count
-            changes.append(change)
-        return swept, _moved(potentials, torch.stack(changes, 1), self._scaling)[1]
+            potentials = potentials + change / self._count
+            moved.append(_distance(change, self._scaling))
+        return potentials, torch.stack(moved, 1)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         log_total, marginal = self._log_marginals(potentials, epsilon)
@@ -571,8 +571,13 @@ def _difference_quotient(
 
 def _moved(potentials: Tensor, changes: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """Return potentials after changes `(B, times, S)`, and how far each moved them."""
-    far = torch.linalg.vecdot(changes.abs(), scaling.wanted.unsqueeze(1))
-    return potentials + changes.sum(1), far
+    return potentials + changes.sum(1), _distance(changes.transpose(0, 1), scaling).mT
+
+
+def _distance(change: Tensor, scaling: Scaling) -> Tensor:
+    """Return how far a change `(*, B, S)` moves potentials, `(*, B)`."""
+    far: Tensor = torch.linalg.vecdot(change.abs(), scaling.wanted)
+    return far
 
 
 class _PairSweeps:
