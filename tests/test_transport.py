@@ -414,7 +414,7 @@ def use(monkeypatch, form):
         monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
         monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
     if form in ("factored", "conjugate gradients"):
-        monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
     if form == "factored":
         monkeypatch.setattr(hessian, "_TRIAL_STEPS", 0)
     if form == "conjugate gradients":

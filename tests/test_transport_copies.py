@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multialign import multi_marginal_sinkhorn, multi_marginal_sinkhorn_loss
-from multialign.transport import hessian, plans
+from multialign.transport import copies, hessian, plans
 from multialign.transport.problem import make_problem
 from multialign.transport.solver import solve_problem
 from tests import reference
@@ -36,7 +36,7 @@ def solve(found, *, symmetric=True, tolerance=1e-11, method="newton"):
 @pytest.fixture(params=["factored", "conjugate gradients"])
 def forced(request, monkeypatch):
     if request.param == "conjugate gradients":
-        monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
         monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
 
 
@@ -111,8 +111,8 @@ def test_matches_the_dense_oracle():
 def test_three_beyond_the_exponent_range_are_read_in_logarithms(monkeypatch):
     whole = problem(3, 8, epsilon=1e-4)
     used = []
-    log_marginal = plans.log_marginal
-    monkeypatch.setattr(plans, "log_marginal", lambda *a: used.append(1) or log_marginal(*a))
+    log_marginal = copies.log_marginal
+    monkeypatch.setattr(copies, "log_marginal", lambda *a: used.append(1) or log_marginal(*a))
     ours, other = solve(whole, tolerance=1e-8), solve(whole, symmetric=False, tolerance=1e-8)
     assert used
     assert ours.converged.all()
@@ -132,8 +132,8 @@ def test_variables_that_are_not_alike_are_all_solved_for():
 def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
     """And with a cloud of several atoms absent, which makes the others no copies, it is right."""
     made = []
-    make_plan = plans._Copies.__init__
-    monkeypatch.setattr(plans._Copies, "__init__", lambda *a: made.append(1) or make_plan(*a))
+    make_plan = plans.Copies.__init__
+    monkeypatch.setattr(plans.Copies, "__init__", lambda *a: made.append(1) or make_plan(*a))
     clouds = [torch.randn(5, 2) + m for m in range(count)]
     epsilon, edges = 0.7, list(combinations(range(count), 2))
     loss = multi_marginal_sinkhorn_loss(clouds, epsilon=epsilon, tolerance=1e-10)
@@ -158,14 +158,14 @@ def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
 
 
 def test_graphs_in_which_clouds_differ_are_solved_for_all(monkeypatch):
-    monkeypatch.setattr(plans._Copies, "__init__", None)
+    monkeypatch.setattr(plans.Copies, "__init__", None)
     clouds = [torch.randn(5, 2) + m for m in range(4)]
     for graph in ("chain", "star", "cycle"):
         assert math.isfinite(multi_marginal_sinkhorn_loss(clouds, graph=graph).item())
 
 
 def test_conjugate_gradients_that_were_slow_are_not_tried_again(monkeypatch):
-    monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+    monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
     monkeypatch.setattr(hessian, "_TRIAL_STEPS", 1)
     tries = []
     iterate = hessian.AppliedHessian._iterate

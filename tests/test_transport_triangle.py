@@ -34,7 +34,7 @@ def forced(request, monkeypatch):
     monkeypatch.setattr(plans, "_TRIANGLE_ENTRIES", 0)
     monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
     if request.param == "conjugate gradients":
-        monkeypatch.setattr(plans, "_DENSE_ATOMS", 0)
+        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
         monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
 
 
@@ -84,7 +84,7 @@ def test_all_that_is_read_of_a_plan_is_what_another_form_reads():
     costs, marginals = problem(9, batch=(2,))
     marginals[1][0, 3] = 0
     checked = make_problem(costs, marginals, 0.5 * deviation(costs, marginals))
-    whole, ours = plans._Table(checked), plans._Triangle(checked, torch.float64)
+    whole, ours = plans.Table(checked), plans.Triangle(checked, torch.float64, lambda: whole)
     start = torch.cat(checked.marginals, -1)
     start = torch.where(start == 0, 0.0, start.log())
     for potentials in (start, start + torch.randn_like(start)):
@@ -120,11 +120,11 @@ def test_it_is_used_only_where_it_is_right(dtype, gap):
         for stretch in (0.0, 5.0):
             costs, marginals = problem(24, gap=gap, dim=8)
             checked = make_problem(costs, marginals, relative * deviation(costs, marginals))
-            exact = plans._Pairwise(checked, torch.float64, "torch")
+            exact = plans.Pairwise(checked, torch.float64, "torch")
             potentials = torch.cat(checked.marginals, -1).log()
             potentials, _ = exact.sweep(potentials, checked.epsilon, 3)
             potentials = potentials + stretch * torch.randn_like(potentials)
-            found = plans._Triangle(checked, dtype)._read(potentials, checked.epsilon)
+            found = plans.Triangle(checked, dtype, None)._read(potentials, checked.epsilon)
             used.append(found is not None)
             if found is None:
                 continue
@@ -142,13 +142,13 @@ def test_where_the_range_does_not_hold_another_form_takes_over(dtype, monkeypatc
     """By itself, on the way down in epsilon."""
     monkeypatch.setattr(plans, "_LARGE_ENTRIES", 0)
     made = []
-    create = plans._Triangle.__init__
+    create = plans.Triangle.__init__
 
     def remember(self, *args):
         create(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(plans._Triangle, "__init__", remember)
+    monkeypatch.setattr(plans.Triangle, "__init__", remember)
     costs, marginals = problem(10)
     epsilon = 1e-4 * deviation(costs, marginals).item()
     tolerance = 1e-3 if dtype == torch.float32 else 1e-9
@@ -191,4 +191,4 @@ def test_three_costs_of_other_graphs_are_no_triangle(monkeypatch):
     cost, nu = torch.rand(4, 4), torch.ones(4)
     for edges in ([(0, 1), (0, 2), (0, 3)], EDGES):
         found = make_problem(dict.fromkeys(edges, cost), [nu] * 4, 1.0)
-        assert not isinstance(plans.make_plan(found, torch.float64), plans._Triangle)
+        assert not isinstance(plans.make_plan(found, torch.float64), plans.Triangle)

@@ -1,4 +1,4 @@
-"""Iterations for the dual problem (see plans.py), without gradient.
+"""Iterations for the dual problem (see plan.py), without gradient.
 
 Each problem of a batch has its own epsilon on the way and its own end. What is decided for each is
 decided in Python numbers, read from the device once a step.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from multialign.transport.elimination import Worker
-from multialign.transport.plans import Evaluation, Plan, make_plan
+from multialign.transport.plan import Evaluation, Plan
+from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem
 
 __all__ = ["Iterate", "finish", "newton", "sinkhorn"]
