@@ -21,7 +21,7 @@ from multialign._validation import (
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
-from multialign.transport.problem import make_problem
+from multialign.transport.problem import Problem, make_problem
 from multialign.transport.solution import TransportSolution
 from multialign.transport.solver import (
     Method,
@@ -77,7 +77,8 @@ def multi_marginal_sinkhorn_loss(
         graph: Between which clouds the cost acts: "complete", "chain" (each with the next),
             "star" (the first with every other), "cycle", or a list of pairs (i, j).
         debias: Whether the second term is there. Without it the value may be negative.
-        tolerance: As in :func:`multi_marginal_sinkhorn`.
+        tolerance: As in :func:`multi_marginal_sinkhorn`, but None is 1e-6 for any dtype: the
+            divergence is a small difference of large values, computed in float64.
         max_iterations: As in :func:`multi_marginal_sinkhorn`.
         method: As in :func:`multi_marginal_sinkhorn`.
         backend: As in :func:`multi_marginal_sinkhorn`.
@@ -107,15 +108,17 @@ def multi_marginal_sinkhorn_loss(
     samples = _check_points(points, weights)
     edges = _edges(graph, len(samples.features))
     dtype = samples.features[0].dtype
-    options = (tolerance or default_tolerance(dtype), max_iterations, method, backend)
+    # In float64 throughout: the divergence is a small difference of large values.
+    tolerance = tolerance or default_tolerance(torch.float64)
+    options = (tolerance, max_iterations, method, backend)
 
     with full_precision(samples.features[0]):
-        # In float64: the divergence is a small difference of large values.
-        solution, level = _joint_term(samples, edges, epsilon, options, torch.float64)
-        loss = solution.value
-        if debias:
-            loss = loss - _self_terms(samples, edges, level, options)
-        return loss.mean().to(dtype)
+        problem = _joint_problem(samples, edges, epsilon, torch.float64)
+        if not debias:
+            return solve_problem(problem, *options).value.mean().to(dtype)
+        selves, potentials = _self_terms(samples, edges, problem.epsilon, options)
+        solution = solve_problem(problem, *options, candidate=potentials)
+        return (solution.value - selves).mean().to(dtype)
 
 
 class MultiMarginalSinkhornLoss(nn.Module):
@@ -134,7 +137,8 @@ class MultiMarginalSinkhornLoss(nn.Module):
             of the costs.
         graph: "complete", "chain", "star", "cycle", or a list of pairs (i, j).
         debias: Whether the second term is there.
-        tolerance: As in :func:`multi_marginal_sinkhorn`.
+        tolerance: As in :func:`multi_marginal_sinkhorn_loss`; of :meth:`solve`, as in
+            :func:`multi_marginal_sinkhorn`.
         max_iterations: As in :func:`multi_marginal_sinkhorn`.
         method: As in :func:`multi_marginal_sinkhorn`.
         backend: As in :func:`multi_marginal_sinkhorn`.
@@ -203,7 +207,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         options = (self.tolerance, self.max_iterations, self.method, self.backend)
         with full_precision(samples.features[0]):
             dtype = samples.features[0].dtype
-            return _joint_term(samples, edges, self.epsilon, options, dtype)[0]
+            return solve_problem(_joint_problem(samples, edges, self.epsilon, dtype), *options)
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -250,14 +254,13 @@ def _check_points(points: object, weights: object) -> Samples:
     return samples._replace(features=features)
 
 
-def _joint_term(
+def _joint_problem(
     samples: Samples,
     edges: Sequence[tuple[int, int]],
     epsilon: float | None,
-    options: Options,
     dtype: torch.dtype,
-) -> tuple[TransportSolution, Tensor]:
-    """Return the transport between the clouds, and the epsilon `(*batch)` that it took."""
+) -> Problem:
+    """Return the transport problem between the clouds."""
     points = [x.double() for x in samples.features]
     for i, j in edges:
         check_entries(
@@ -265,8 +268,8 @@ def _joint_term(
             "draw fewer points of each cloud, or solve fewer problems at once",
         )
     costs = {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
-    level = _epsilon(epsilon, samples, costs)
-    return _solve(costs, samples.masses, level, options, dtype), level
+    masses = [mass.double() for mass in samples.masses]
+    return make_problem(costs, masses, _epsilon(epsilon, samples, costs), dtype=dtype)
 
 
 @torch.no_grad()
@@ -293,40 +296,39 @@ def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
     return torch.where(level == 0, 1.0, level)
 
 
-def _solve(
-    costs: Costs,
-    marginals: Sequence[Tensor],
-    epsilon: Tensor,
-    options: Options,
-    dtype: torch.dtype,
-    *,
-    symmetric: bool = False,
-) -> TransportSolution:
-    masses = [mass.double() for mass in marginals]
-    problem = make_problem(costs, masses, epsilon, dtype=dtype)
-    return solve_problem(problem, *options, symmetric=symmetric)
-
-
 def _self_terms(
     samples: Samples, edges: Sequence[tuple[int, int]], epsilon: Tensor, options: Options
-) -> Tensor:
-    """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`."""
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`, and potentials.
+
+    In the complete graph each has one potential. These of all modalities, put into the dual of the
+    first term, give at least that mean (docs/math.rst): where that is more than was found for it,
+    they are the better solution. So the divergence is not negative by more than rounding, at any
+    tolerance.
+    """
     count = len(samples.features)
     sizes = {x.shape[-2] for x in samples.features}
     symmetric = 2 * len(edges) == count * (count - 1)
     # Clouds of equal size are solved side by side.
     groups = [list(range(count))] if len(sizes) == 1 else [[i] for i in range(count)]
-    total = torch.zeros_like(epsilon)
+    batch = samples.present[0].shape
+    total = epsilon.new_zeros(batch)
+    potentials: dict[int, Tensor] = {}
     for group in groups:
         points = torch.stack([samples.features[i] for i in group]).double()
-        masses = torch.stack([samples.masses[i] for i in group])
+        masses = torch.stack([samples.masses[i] for i in group]).double()
         cost = squared_euclidean_cost(points, points)
         # The copy that stands for an absent modality is as absent.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
-        problem = (dict.fromkeys(edges, cost), copies, epsilon)
-        values = _solve(*problem, options, torch.float64, symmetric=symmetric).value
-        total = total + (values * samples.present[group]).sum(0)
-    return total / samples.present.sum(0).clamp_min(1)
+        problem = make_problem(
+            dict.fromkeys(edges, cost), copies, epsilon.reshape(batch), dtype=torch.float64
+        )
+        solution = solve_problem(problem, *options, symmetric=symmetric)
+        total = total + (solution.value * samples.present[group]).sum(0)
+        with torch.no_grad():
+            potentials |= {i: solution.potentials[i][place] for place, i in enumerate(group)}
+    ordered = [potentials[i] for i in range(count)] if symmetric else None
+    return total / samples.present.sum(0).clamp_min(1), ordered
 
 
 def _check_options(

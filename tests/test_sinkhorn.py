@@ -115,6 +115,31 @@ def test_never_negative_and_zero_at_equality(sizes, graph, log_epsilon, log_dist
         assert multi_marginal_sinkhorn_loss(near, **options) >= -1e-10
 
 
+@pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
+@pytest.mark.parametrize("options", [{"tolerance": 0.3}, {"max_iterations": 1, "epsilon": 1e-3}])
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_however_roughly_solved_it_is_not_negative(count, method, options):
+    options = {"method": method, **options}
+    x = torch.randn(8, 2)
+    assert multi_marginal_sinkhorn_loss([x] * count, **options) > -1e-12
+    for distance in (1e-6, 1e-4, 1e-2, 1.0):
+        for _ in range(10):
+            near = [x + distance * torch.randn(8, 2) for _ in range(count)]
+            assert multi_marginal_sinkhorn_loss(near, **options) > -1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_at_equality_value_and_gradient_are_zero(count, dtype):
+    x = torch.randn(30, 4, dtype=dtype)
+    equal = [x.clone().requires_grad_() for _ in range(count)]
+    loss = multi_marginal_sinkhorn_loss(equal)
+    assert abs(loss) < 1e-12
+    for gradient in torch.autograd.grad(loss, equal):
+        assert gradient.abs().max() < (1e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_close_float32_clouds_are_not_negative():
     """Many close pairs in a high dimension, where single precision alone would go below 0."""
     x = 0.01 * torch.randn(200, 50, 160).float()

@@ -24,6 +24,7 @@ pytest.importorskip("triton", "3.6", reason="triton is not installed, or older t
 from multialign.ops import _triton
 from multialign.ops._triton import products, small
 from multialign.transport import elimination, plans, solver
+from multialign.transport.problem import make_problem
 
 ROOT = Path(__file__).parents[1]
 # The interpreter computes with numpy, which warns of log 0 and of inf - inf.
@@ -636,6 +637,20 @@ def test_solutions_by_kernels(name, method, dtype, tolerance, calls):
     results.append(dense_plan(costs, marginals, epsilon).to(dtype))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=tolerance)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, {"log_matvec"}), (3, PRODUCTS), (4, PRODUCTS)])
+def test_variables_that_are_all_alike_by_kernels(count, expected, calls):
+    x = torch.randn(4, 2, dtype=torch.float64)
+    cost, nu = torch.cdist(x, x).square().unsqueeze(0), torch.rand(1, 4, dtype=torch.float64)
+    checked = make_problem(dict.fromkeys(combinations(range(count), 2), cost), [nu] * count, 1.0)
+    values = []
+    for backend in ("triton", "torch"):
+        found = solver.solve_problem(checked, 1e-6, 100, "auto", backend, symmetric=True)
+        assert found.converged.all()
+        assert set(calls) == expected
+        values.append(found.value)
+    torch.testing.assert_close(*values)
 
 
 @pytest.mark.parametrize(

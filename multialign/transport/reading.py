@@ -27,7 +27,7 @@ from multialign.transport.elimination import (
 from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, unflatten_problem
 
-__all__ = ["read_log_total", "read_marginals", "solve_hessian"]
+__all__ = ["log_total", "read_log_total", "read_marginals", "solve_hessian"]
 
 # Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
 # potentials are not determined, and this keeps their gradient finite.
@@ -52,6 +52,15 @@ def read_log_total(problem: Problem, potentials: Tensor) -> Tensor:
     known = torch.zeros_like(problem.epsilon)
     total: Tensor = _LogTotal.apply(_flat(list(pairs)), known, *unaries, *pairs.values())
     return total
+
+
+def log_total(problem: Problem, potentials: Tensor) -> Tensor:
+    """Return the logarithm of the sum of the plan, `(B,)`, at any potentials; without gradient."""
+    unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
+    if _is_whole(problem):
+        return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
+    found: list[Tensor] = _marginals([*unaries, *pairs.values()], _flat(list(pairs)), [])
+    return found[0]
 
 
 def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]) -> list[Tensor]:
@@ -280,6 +289,8 @@ def _parts(factors: Sequence[Tensor], edges: list[int]) -> tuple[list[Tensor], d
 def _read(factors: Sequence[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
     """Return the logarithm of the sum, and marginals divided by the sum."""
     unaries, pairs = _parts(factors, edges)
+    if not scopes:
+        return [log_marginal(unaries, pairs)]
     found = beliefs(unaries, pairs, "edges")
     results = [found.log_total]
     for scope in _unflat(scopes):

@@ -16,6 +16,7 @@ from multialign.transport.elimination import Worker
 from multialign.transport.iterations import Iterate, finish, newton, sinkhorn
 from multialign.transport.plans import make_plan
 from multialign.transport.problem import Problem, make_problem, unflatten_problem
+from multialign.transport.reading import log_total
 from multialign.transport.solution import TransportSolution
 
 __all__ = [
@@ -116,11 +117,13 @@ def solve_problem(
     backend: Backend,
     *,
     symmetric: bool = False,
+    candidate: Sequence[Tensor] | None = None,
 ) -> TransportSolution:
     """Solve a problem that has been checked.
 
     A problem is `symmetric` if all variables have the same symmetric cost with each other. Where
-    they have the same marginal too, it is solved as one of copies of one variable.
+    they have the same marginal too, it is solved as one of copies of one variable. A `candidate`
+    are potentials `(*batch, K_p)` in cost units, to be taken where the dual is larger there.
     """
     worker = choose_backend(backend, problem.epsilon)
     if tolerance is None:
@@ -137,7 +140,24 @@ def solve_problem(
                 symmetric,
             )
         )
+        if candidate is not None:
+            iterate = _better(problem.detach(), iterate, candidate)
         return TransportSolution(problem, iterate, tolerance)
+
+
+def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> Iterate:
+    """Return the candidate's potentials for those of an iterate where their dual is larger."""
+    epsilon = problem.epsilon.unsqueeze(-1)
+    scaled = [
+        torch.where(nu == 0, 0.0, (f.reshape(nu.shape) - offset) / epsilon)
+        for f, nu, offset in zip(candidate, problem.marginals, problem.offsets, strict=True)
+    ]
+    potentials, wanted = torch.cat(scaled, -1), torch.cat(problem.marginals, -1)
+    shift = log_total(problem, potentials) / len(scaled)
+    potentials = potentials - shift.unsqueeze(-1)
+    # Both plans sum to 1.
+    higher = ((potentials - iterate.potentials) * wanted).sum(-1, keepdim=True) > 0
+    return iterate._replace(potentials=torch.where(higher, potentials, iterate.potentials))
 
 
 @torch.library.custom_op(
