@@ -250,7 +250,8 @@ def test_last_is_the_implicit_derivative_at_convergence(covariance_type):
     expected = torch.einsum("p,pnd->nd", adjoint, by_x)
 
     x.requires_grad_()
-    last = fit(x, start, iterations=5000, tolerance=1e-15, differentiate="last")
+    # What rounding lets it reach on every machine: else it is the derivative of its last step.
+    last = fit(x, start, iterations=5000, tolerance=1e-12, differentiate="last")
     (grad,) = torch.autograd.grad(flat(last) @ direction, x)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
     (one,) = torch.autograd.grad(step(theta, x) @ direction, x)
