@@ -313,7 +313,7 @@ def _self_terms(
     groups = [list(range(count))] if len(sizes) == 1 else [[i] for i in range(count)]
     batch = samples.present[0].shape
     total = epsilon.new_zeros(batch)
-    potentials: dict[int, Tensor] = {}
+    potentials: list[Tensor] = []
     for group in groups:
         points = torch.stack([samples.features[i] for i in group]).double()
         masses = torch.stack([samples.masses[i] for i in group]).double()
@@ -325,10 +325,12 @@ def _self_terms(
         )
         solution = solve_problem(problem, *options, symmetric=symmetric)
         total = total + (solution.value * samples.present[group]).sum(0)
-        with torch.no_grad():
-            potentials |= {i: solution.potentials[i][place] for place, i in enumerate(group)}
-    ordered = [potentials[i] for i in range(count)] if symmetric else None
-    return total / samples.present.sum(0).clamp_min(1), ordered
+        if symmetric:
+            with torch.no_grad():
+                found = solution.potentials
+            potentials += [found[i][place] for place, i in enumerate(group)]
+    mean = total / samples.present.sum(0).clamp_min(1)
+    return mean, potentials if symmetric else None
 
 
 def _check_options(

@@ -90,14 +90,12 @@ class Problem:
 
     def detach(self) -> Problem:
         """Return the same problem without gradient."""
-        return Problem(
+        return replace(
+            self,
             costs={scope: cost.detach() for scope, cost in self.costs.items()},
             offsets=[offset.detach() for offset in self.offsets],
             marginals=[marginal.detach() for marginal in self.marginals],
             epsilon=self.epsilon.detach(),
-            deviation=self.deviation,
-            batch=self.batch,
-            dtype=self.dtype,
         )
 
     def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor, Tensor]:

@@ -192,16 +192,20 @@ def _solve(
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
     # Where autograd will never look, operations on small tensors take a tenth less time.
     with torch.inference_mode():
-        iterate = (
-            None
-            if method == "sinkhorn"
-            else _solve_at_once(problem, tolerance, max_iterations, single, backend)
-        )
+        swept = method == "sinkhorn"
+        iterate = None
+        if not swept:
+            iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
         if iterate is None:
-            alike = symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:])
-            solve = _solve_folded if alike else _iterate
-            iterate = solve(problem, tolerance, max_iterations, method, single, backend)
-    iterate = Iterate(*(x.clone() for x in iterate))
+            if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
+                problem = problem.folded()
+            each = (problem, tolerance / problem.copies, max_iterations)
+            iterate = sinkhorn(*each, backend) if swept else newton(*each, single, backend)
+    # Copies have the potential and the error of one each.
+    count = problem.copies
+    iterate = Iterate(
+        iterate.potentials.repeat(1, count), iterate.iterations.clone(), count * iterate.error
+    )
     stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
     if bool(stopped.any()):
         warnings.warn(
@@ -233,35 +237,6 @@ def _(
 
 
 register_batched_vmap(_solve)
-
-
-def _iterate(
-    problem: Problem,
-    tolerance: float,
-    max_iterations: int,
-    method: str,
-    single: bool,
-    backend: Worker,
-) -> Iterate:
-    if method == "sinkhorn":
-        return sinkhorn(problem, tolerance, max_iterations, backend)
-    return newton(problem, tolerance, max_iterations, single, backend)
-
-
-def _solve_folded(
-    problem: Problem,
-    tolerance: float,
-    max_iterations: int,
-    method: str,
-    single: bool,
-    backend: Worker,
-) -> Iterate:
-    """Solve for one of M variables that are alike, and give its potential to all."""
-    count = len(problem.marginals)
-    potentials, iterations, error = _iterate(
-        problem.folded(), tolerance / count, max_iterations, method, single, backend
-    )
-    return Iterate(potentials.repeat(1, count), iterations, count * error)
 
 
 def _solve_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from itertools import combinations
 
@@ -18,8 +19,8 @@ from multialign.transport.sweeps import PairSweeps
 __all__ = ["Table", "Vector"]
 
 
-class Vector:
-    """A plan of few entries, as one vector of n."""
+class _Whole(ABC):
+    """A plan of which every entry is kept."""
 
     dtype = torch.float64
     rounds = 1
@@ -28,6 +29,62 @@ class Vector:
         self._problem = problem
         self._scaling = Scaling(problem.marginals, self.dtype)
         self._pairs = PairSweeps(problem.marginals, [nu == 0 for nu in problem.marginals])
+
+    @abstractmethod
+    def exponent(self, potentials: Tensor, epsilon: Tensor) -> Tensor:
+        """Return log of the plan times Z, `(B, n)`."""
+
+    @abstractmethod
+    def divided(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log Z, and the plan divided by it."""
+
+    def sweep(
+        self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Set one potential after another."""
+        changes = self._changes(potentials, epsilon, times, inner)
+        return moved_by(potentials, changes, self._scaling)
+
+    def _changes(self, potentials: Tensor, epsilon: Tensor, times: int, inner: int) -> Tensor:
+        """Return those of sweeps, `(B, times, S)`.
+
+        They are made on the plan, or where some of its marginals are below the exponent range, its
+        log.
+        """
+        marginals, sizes = self._problem.marginals, self._problem.sizes
+        count = len(sizes)
+        variables = tuple(range(count))
+        whole = self.divided(potentials, epsilon)[1].view(len(potentials), *sizes)
+
+        def joint(p: int) -> Tensor:
+            before = (p - 1) % count
+            axes = axes_without((before, p), count)
+            table = whole.sum(axes) if axes else whole
+            return table if before < p else table.mT
+
+        def scale(p: int, here: Tensor, before: Tensor) -> None:
+            whole.mul_(along(here.squeeze(-1), p, variables))
+            if inner:
+                whole.mul_(along(before.squeeze(-1), (p - 1) % count, variables))
+
+        changes = self._pairs.sweep(times, inner, joint, scale)
+        if bool(changes.isfinite().all()):
+            return changes
+        exponent = self.exponent(potentials, epsilon).view(len(potentials), *sizes)
+        steps = []
+        for p in variables * times:
+            step = marginals[p].log() - exponent.logsumexp(axes_without((p,), count))
+            step = step.masked_fill(marginals[p] == 0, 0.0)
+            exponent = exponent.add_(along(step, p, variables))
+            steps.append(step)
+        return torch.cat(steps, -1).view(len(potentials), times, -1)
+
+
+class Vector(_Whole):
+    """A plan of few entries, as one vector of n."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
         self._incidence = _incidence(tuple(problem.sizes), problem.epsilon.device)
         self._cost = join(problem.costs, problem.sizes).flatten(1)
         self._absent = self._scaling.absent.double() @ self._incidence.mT > 0
@@ -46,13 +103,6 @@ class Vector:
         assert now.plan is not None
         excess = self._cost - (now.plan * self._cost).sum(-1, keepdim=True)
         return (now.plan * excess) @ self._incidence
-
-    def sweep(
-        self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Set one potential after another."""
-        changes = _sweep_whole(self, self._pairs, self._problem, potentials, epsilon, times, inner)
-        return moved_by(potentials, changes, self._scaling)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         """Return log Z and m."""
@@ -73,16 +123,11 @@ class Vector:
         return torch.addmm(self._scaled[1], potentials, self._incidence.mT)
 
 
-class Table:
+class Table(_Whole):
     """A plan kept as one table over all variables: a small one, or that of a full cost tensor."""
 
-    dtype = torch.float64
-    rounds = 1
-
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._scaling = Scaling(problem.marginals, self.dtype)
-        self._pairs = PairSweeps(problem.marginals, [nu == 0 for nu in problem.marginals])
+        super().__init__(problem)
         self._cost = join(problem.costs, problem.sizes)
         count = len(problem.sizes)
         self._axes = {scope: axes_without(scope, count) for scope in combinations(range(count), 2)}
@@ -108,13 +153,6 @@ class Table:
         tables = {edge: part.sum(axes) if axes else part for edge, axes in self._axes.items()}
         moved = torch.cat(list(_singles(tables).values()), -1)
         return moved - part.flatten(1).sum(-1, keepdim=True) * now.marginals
-
-    def sweep(
-        self, potentials: Tensor, epsilon: Tensor, times: int = 1, inner: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Set one potential after another."""
-        changes = _sweep_whole(self, self._pairs, self._problem, potentials, epsilon, times, inner)
-        return moved_by(potentials, changes, self._scaling)
 
     def marginals(self, potentials: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         """Return log Z and m."""
@@ -142,47 +180,6 @@ class Table:
         total = plan.sum(1, keepdim=True)
         plan = plan.div_(total).view_as(self._cost)
         return (total.log_() + top).squeeze(1), plan
-
-
-def _sweep_whole(
-    plan: Vector | Table,
-    pairs: PairSweeps,
-    problem: Problem,
-    potentials: Tensor,
-    epsilon: Tensor,
-    times: int,
-    inner: int,
-) -> Tensor:
-    """Return the changes of a plan's sweeps, `(B, times, S)`.
-
-    They are made on the plan, or where some of its marginals are below the exponent range, its log.
-    """
-    count = len(problem.sizes)
-    variables = tuple(range(count))
-    whole = plan.divided(potentials, epsilon)[1].view(len(potentials), *problem.sizes)
-
-    def joint(p: int) -> Tensor:
-        before = (p - 1) % count
-        axes = axes_without((before, p), count)
-        table = whole.sum(axes) if axes else whole
-        return table if before < p else table.mT
-
-    def scale(p: int, here: Tensor, before: Tensor) -> None:
-        whole.mul_(along(here.squeeze(-1), p, variables))
-        if inner:
-            whole.mul_(along(before.squeeze(-1), (p - 1) % count, variables))
-
-    changes = pairs.sweep(times, inner, joint, scale)
-    if bool(changes.isfinite().all()):
-        return changes
-    exponent = plan.exponent(potentials, epsilon).view(len(potentials), *problem.sizes)
-    steps = []
-    for p in variables * times:
-        step = problem.marginals[p].log() - exponent.logsumexp(axes_without((p,), count))
-        step = step.masked_fill(problem.marginals[p] == 0, 0.0)
-        exponent = exponent.add_(along(step, p, variables))
-        steps.append(step)
-    return torch.cat(steps, -1).view(len(potentials), times, -1)
 
 
 def _singles(tables: dict[Edge, Tensor]) -> dict[int, Tensor]:
