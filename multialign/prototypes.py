@@ -48,8 +48,9 @@ from multialign.mixture import (
     with_matrices,
 )
 from multialign.ops import Backend
+from multialign.transport.options import Method, SolverOptions
 from multialign.transport.solution import TransportSolution
-from multialign.transport.solver import Method, check_solver_options, multi_marginal_sinkhorn
+from multialign.transport.solver import multi_marginal_sinkhorn
 
 __all__ = ["PrototypeAlignment", "PrototypeAlignmentLoss", "prototype_alignment_loss"]
 
@@ -118,7 +119,12 @@ class _Options:
         check_choice("cost_reduction", self.cost_reduction, ("sum", "mean"))
         check_positive("transport_weight", self.transport_weight, zero=True)
         check_positive("prototype_weight", self.prototype_weight, zero=True)
-        check_solver_options(self.tolerance, self.max_iterations, self.method, self.backend)
+        SolverOptions(
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            method=self.method,
+            backend=self.backend,
+        )
 
 
 def prototype_alignment_loss(

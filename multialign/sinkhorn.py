@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
@@ -21,14 +22,10 @@ from multialign._validation import (
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
+from multialign.transport.options import Method, SolverOptions, default_tolerance
 from multialign.transport.problem import Problem, make_problem
 from multialign.transport.solution import TransportSolution
-from multialign.transport.solver import (
-    Method,
-    check_solver_options,
-    default_tolerance,
-    solve_problem,
-)
+from multialign.transport.solver import solve_problem
 
 __all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
 
@@ -104,20 +101,23 @@ def multi_marginal_sinkhorn_loss(
         >>> multi_marginal_sinkhorn_loss([x, x + 1.0, x + 2.0])
         tensor(12.)
     """
-    _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
+    _check_options(epsilon, graph)
+    options = SolverOptions(
+        tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
+    )
+    if tolerance is None:
+        options = replace(options, tolerance=default_tolerance(torch.float64))
     samples = _check_points(points, weights)
     edges = _edges(graph, len(samples.features))
     dtype = samples.features[0].dtype
-    # In float64 throughout: the divergence is a small difference of large values.
-    tolerance = tolerance or default_tolerance(torch.float64)
-    options = (tolerance, max_iterations, method, backend)
 
     with full_precision(samples.features[0]):
+        # In float64 throughout: the divergence is a small difference of large values.
         problem = _joint_problem(samples, edges, epsilon, torch.float64)
         if not debias:
-            return solve_problem(problem, *options).value.mean().to(dtype)
+            return solve_problem(problem, options).value.mean().to(dtype)
         selves, potentials = _self_terms(samples, edges, problem.epsilon, options)
-        solution = solve_problem(problem, *options, candidate=potentials)
+        solution = solve_problem(problem, options, candidate=potentials)
         return (solution.value - selves).mean().to(dtype)
 
 
@@ -169,7 +169,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_options(epsilon, graph, tolerance, max_iterations, method, backend)
+        _check_options(epsilon, graph)
         self.epsilon = epsilon
         self.graph = graph
         self.debias = debias
@@ -177,6 +177,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         self.max_iterations = max_iterations
         self.method = method
         self.backend = backend
+        self._solver_options()
 
     def forward(
         self,
@@ -204,17 +205,25 @@ class MultiMarginalSinkhornLoss(nn.Module):
         """Return the solution of the transport problem between the clouds, without debiasing."""
         samples = _check_points(points, weights)
         edges = _edges(self.graph, len(samples.features))
-        options = (self.tolerance, self.max_iterations, self.method, self.backend)
         with full_precision(samples.features[0]):
             dtype = samples.features[0].dtype
-            return solve_problem(_joint_problem(samples, edges, self.epsilon, dtype), *options)
+            problem = _joint_problem(samples, edges, self.epsilon, dtype)
+            return solve_problem(problem, self._solver_options())
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
         return f"epsilon={self.epsilon}, graph={self.graph!r}, debias={self.debias}"
 
+    def _solver_options(self) -> SolverOptions:
+        """Return the options of the solver, checked."""
+        return SolverOptions(
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            method=self.method,
+            backend=self.backend,
+        )
 
-Options = tuple[float | None, int, Method, Backend]
+
 Costs = dict[tuple[int, int], Tensor]
 
 
@@ -297,13 +306,13 @@ def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
 
 
 def _self_terms(
-    samples: Samples, edges: Sequence[tuple[int, int]], epsilon: Tensor, options: Options
+    samples: Samples, edges: Sequence[tuple[int, int]], epsilon: Tensor, options: SolverOptions
 ) -> tuple[Tensor, list[Tensor] | None]:
     """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`, and potentials.
 
-    In the complete graph each has one potential. These of all modalities, put into the dual of the
-    first term, give at least that mean (docs/math.rst): where that is more than was found for it,
-    they are the better solution. So the divergence is not negative by more than rounding, at any
+    In the complete graph the copies of a modality share one potential. In the dual of the first
+    term, the potentials of all modalities give at least the mean (docs/math.rst). Taken where the
+    solver found less, they keep the divergence from being negative by more than rounding, at any
     tolerance.
     """
     count = len(samples.features)
@@ -318,12 +327,12 @@ def _self_terms(
         points = torch.stack([samples.features[i] for i in group]).double()
         masses = torch.stack([samples.masses[i] for i in group]).double()
         cost = squared_euclidean_cost(points, points)
-        # The copy that stands for an absent modality is as absent.
+        # The copy in the place of an absent modality is absent too.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
         problem = make_problem(
             dict.fromkeys(edges, cost), copies, epsilon.reshape(batch), dtype=torch.float64
         )
-        solution = solve_problem(problem, *options, symmetric=symmetric)
+        solution = solve_problem(problem, options, symmetric=symmetric)
         total = total + (solution.value * samples.present[group]).sum(0)
         if symmetric:
             with torch.no_grad():
@@ -333,14 +342,7 @@ def _self_terms(
     return mean, potentials if symmetric else None
 
 
-def _check_options(
-    epsilon: float | None,
-    graph: Graph,
-    tolerance: float | None,
-    max_iterations: int,
-    method: str,
-    backend: str,
-) -> None:
+def _check_options(epsilon: float | None, graph: Graph) -> None:
     if epsilon is not None:
         check_positive("epsilon", epsilon)
     if isinstance(graph, str):
@@ -350,4 +352,3 @@ def _check_options(
         for pair in graph
     ):
         raise ValueError(f"graph must be one of {GRAPHS} or a list of pairs (i, j); got {graph!r}")
-    check_solver_options(tolerance, max_iterations, method, backend)

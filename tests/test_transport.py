@@ -11,8 +11,9 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
-from multialign.transport import elimination, hessian, plans, reading
+from multialign.transport import elimination, message_sweeps
 from tests import reference
+from tests.forms import FORMS, force_hessian, solve_in
 
 GRAPHS = {
     "complete": lambda m: list(itertools.combinations(range(m), 2)),
@@ -39,9 +40,8 @@ def dense(costs, marginals):
     return cost, [m.detach().numpy() / m.detach().sum().item() for m in marginals]
 
 
-def solve(costs, marginals, epsilon, **options):
-    options = {"tolerance": 1e-12, **options}
-    return multi_marginal_sinkhorn(costs, marginals, epsilon, **options)
+def solve(costs, marginals, epsilon, *, form="auto", **options):
+    return solve_in(form, costs, marginals, epsilon, **{"tolerance": 1e-12, **options})
 
 
 @pytest.mark.parametrize("method", ["newton", "sinkhorn"])
@@ -176,11 +176,10 @@ def dense_marginals(costs, marginals, solution, epsilon):
 @pytest.mark.parametrize("relative", [1.0, 1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("kind", ["plain", "outliers", "duplicates", "offset", "zero weights"])
 @pytest.mark.parametrize("sizes", [(40, 35, 45), (60, 50)])
-def test_a_dense_plan_certifies_the_solution(sizes, kind, relative, monkeypatch):
-    use(monkeypatch, "pairwise")
+def test_a_dense_plan_certifies_the_solution(sizes, kind, relative):
     costs, marginals, deviation = hostile(sizes, kind, seed=0)
     epsilon = relative * deviation
-    solution = solve(costs, marginals, epsilon, tolerance=1e-9)
+    solution = solve(costs, marginals, epsilon, tolerance=1e-9, form="pairwise")
     assert solution.converged
     error, value = dense_marginals(costs, marginals, solution, epsilon)
     # Of potentials in cost units: 1e-9 of epsilon with the largest offset, at the smallest epsilon.
@@ -249,7 +248,7 @@ def test_sweeps_are_those_of_one_variable_after_another():
         tables = {(i, j): 2 * torch.randn(2, sizes[i], sizes[j]) for i, j in edges}
         wanted = [torch.log_softmax(torch.randn(2, n), -1) for n in sizes]
         wanted[1][0] = torch.log_softmax(torch.tensor([0.1, -0.3, -torch.inf, 0.2]), -1)
-        swept = elimination.sweep(unaries, tables, wanted)
+        swept = message_sweeps.sweep(unaries, tables, wanted)
         # The last one visited has the marginal wanted; the dual has not fallen.
         found = elimination.beliefs(swept, tables, "all")
         errors = [(found.marginals[p] - wanted[p].exp()).abs().max() for p in range(len(sizes))]
@@ -264,7 +263,7 @@ def test_sweeps_are_those_of_one_variable_after_another():
 
         assert (dual(swept) >= dual(unaries) - 1e-12).all()
         for _ in range(200):
-            swept = elimination.sweep(swept, tables, wanted)
+            swept = message_sweeps.sweep(swept, tables, wanted)
         found = elimination.beliefs(swept, tables, "edges")
         for p in range(len(sizes)):
             torch.testing.assert_close(found.marginals[p], wanted[p].exp(), rtol=0, atol=1e-7)
@@ -283,8 +282,8 @@ def test_the_factors_of_a_sweep_are_large_at_the_same_places(monkeypatch):
         depths.append(tops - terms.logsumexp(1))
         return (terms + weight[0].unsqueeze(1)).logsumexp((1, 2)).unsqueeze(0)
 
-    monkeypatch.setattr(elimination, "log_matmul_reduce", measure)
-    elimination.sweep(
+    monkeypatch.setattr(message_sweeps, "log_matmul_reduce", measure)
+    message_sweeps.sweep(
         [x.unsqueeze(0) / epsilon for x in potentials],
         {edge: cost.unsqueeze(0) / -epsilon for edge, cost in costs.items()},
         [(m / m.sum()).log().unsqueeze(0) for m in marginals],
@@ -375,8 +374,8 @@ def test_small_problems_and_large_tables_by_kernels():
         torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
 
 
-def differentiable(name, costs, marginals, epsilon, edges):
-    solution = solve(dict(zip(edges, costs)), marginals, epsilon)
+def differentiable(name, costs, marginals, epsilon, edges, form="auto"):
+    solution = solve(dict(zip(edges, costs)), marginals, epsilon, form=form)
     if name == "marginals":
         pairs = itertools.combinations(range(len(marginals)), 2)
         return *(solution.marginal(p) for p in range(len(marginals))), *(
@@ -388,7 +387,7 @@ def differentiable(name, costs, marginals, epsilon, edges):
     return tuple(result) if isinstance(result, list) else result
 
 
-def gradients_are_right(sizes, graph, name):
+def gradients_are_right(sizes, graph, name, form="auto"):
     """By gradcheck, in costs, marginals and epsilon."""
     costs, marginals = problem(sizes, graph)
     edges = list(costs)
@@ -398,34 +397,18 @@ def gradients_are_right(sizes, graph, name):
 
     def outputs(*tensors):
         count = len(edges)
-        return differentiable(name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges)
+        return differentiable(
+            name, tensors[:count], list(tensors[count:-1]), tensors[-1], edges, form
+        )
 
     return gradcheck(outputs, inputs, atol=1e-6, fast_mode=len(sizes) > 3)
-
-
-FORMS = ["vector", "table", "pairwise", "factored", "conjugate gradients"]
-
-
-def use(monkeypatch, form):
-    """Let small problems be solved and read in a form that is for larger ones."""
-    if form != "vector":
-        monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    if form in ("pairwise", "factored", "conjugate gradients"):
-        monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
-        monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
-    if form in ("factored", "conjugate gradients"):
-        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
-    if form == "factored":
-        monkeypatch.setattr(hessian, "_TRIAL_STEPS", 0)
-    if form == "conjugate gradients":
-        monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("sizes", [(7, 5), (5, 1, 6), (4, 5, 3, 6), (3, 2, 4, 3, 2)])
 def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
-    use(monkeypatch, form)
+    force_hessian(monkeypatch, form)
     costs, marginals = problem(sizes, graph)
     marginals[0][0] = 0 if sizes[0] > 1 else 1
     epsilon = 0.1 * sum(cost.mean().item() for cost in costs.values())
@@ -436,7 +419,9 @@ def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
     cost, nus = dense(*kept)
     plan = reference.transport_plan(cost, nus, epsilon)
     for method in ("newton", "sinkhorn"):
-        solution = solve(costs, marginals, epsilon, method=method, tolerance=1e-11)
+        solution = solve(
+            costs, marginals, epsilon, method=method, tolerance=1e-11, form=FORMS[form]
+        )
         assert solution.converged
         torch.testing.assert_close(
             solution.value.item(), reference.transport_value(plan, cost, epsilon), rtol=1e-9, atol=0
@@ -447,7 +432,7 @@ def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
             torch.testing.assert_close(found.numpy(), table, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", list(FORMS)[1:])
 @pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])
 @pytest.mark.parametrize(
     ("sizes", "graph"),
@@ -461,19 +446,19 @@ def test_each_form_matches_the_dense_oracle(sizes, graph, form, monkeypatch):
     ],
 )
 def test_gradients_of_each_form(sizes, graph, name, form, monkeypatch):
-    use(monkeypatch, form)
-    assert gradients_are_right(sizes, graph, name)
+    force_hessian(monkeypatch, form)
+    assert gradients_are_right(sizes, graph, name, FORMS[form])
 
 
 def test_gradient_at_an_absent_atom_is_zero_in_each_form(monkeypatch):
     gradients = []
     for form in FORMS:
-        use(monkeypatch, form)
+        force_hessian(monkeypatch, form)
         torch.manual_seed(1)
         costs, marginals = problem((4, 5, 6))
         marginals[1][2] = 0
         leaves = [c.requires_grad_() for c in costs.values()]
-        solution = solve(costs, marginals, 1.0)
+        solution = solve(costs, marginals, 1.0, form=FORMS[form])
         total = solution.transport_cost + solution.value + solution.marginal(0)[0]
         gradients.append(torch.autograd.grad(total, leaves))
         assert (gradients[-1][0][:, 2] == 0).all()
@@ -720,11 +705,10 @@ def test_refuses_before_it_allocates():
         multi_marginal_sinkhorn(torch.zeros(()).expand(300, 300, 300, 300), marginals, 1.0)
 
 
-def test_elimination_equals_the_joint_table(monkeypatch):
+def test_elimination_equals_the_joint_table():
     costs, marginals = problem((3, 4, 2, 5), "cycle")
     small = solve(costs, marginals, 1.0)
-    monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
-    eliminated = solve(costs, marginals, 1.0)
+    eliminated = solve(costs, marginals, 1.0, form="pairwise")
     torch.testing.assert_close(eliminated.value, small.value)
     torch.testing.assert_close(eliminated.pairwise_marginal(1, 3), small.pairwise_marginal(1, 3))
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from multialign import multi_marginal_sinkhorn, multi_marginal_sinkhorn_loss
-from multialign.transport import copies, hessian, plans
+from multialign.transport import hessian
+from multialign.transport.forms import base, copies
+from multialign.transport.forms.choose import make_form
+from multialign.transport.options import SolverOptions
 from multialign.transport.problem import make_problem
 from multialign.transport.solver import solve_problem
 from tests import reference
@@ -30,13 +33,16 @@ def problem(count, size, *, epsilon=0.3, absent=False):
 
 
 def solve(found, *, symmetric=True, tolerance=1e-11, method="newton"):
-    return solve_problem(found, tolerance, 5000, method, "torch", symmetric=symmetric)
+    options = SolverOptions(
+        tolerance=tolerance, max_iterations=5000, method=method, backend="torch"
+    )
+    return solve_problem(found, options, symmetric=symmetric)
 
 
 @pytest.fixture(params=["factored", "conjugate gradients"])
 def forced(request, monkeypatch):
     if request.param == "conjugate gradients":
-        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
+        monkeypatch.setattr(base, "_DENSE_ATOMS", 0)
         monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
 
 
@@ -45,15 +51,15 @@ def forced(request, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_all_that_is_read_of_a_plan_is_that_of_the_dense_one(count, absent, plain):
     whole = problem(count, 5, epsilon=3.0, absent=absent)
-    ours = plans.make_plan(whole.folded(), torch.float64)
-    if not plain:
-        ours._range = None
+    folded = whole.folded()
+    form = make_form(folded, torch.float64, "torch") if plain else copies.Copies(folded, "torch")
+    ours = form.at(whole.epsilon)
     x = 0.3 * torch.randn(2, 5)
-    now = ours.evaluate(x, whole.epsilon)
-    dense = plans.make_plan(whole, torch.float64).evaluate(x.repeat(1, count), whole.epsilon)
+    now = ours.evaluate(x)
+    dense = make_form(whole, torch.float64, "torch").at(whole.epsilon).evaluate(x.repeat(1, count))
     torch.testing.assert_close(count * now.log_total, dense.log_total)
     torch.testing.assert_close(now.marginals, dense.marginals[:, :5])
-    log_total, marginals = ours.marginals(x, whole.epsilon)
+    log_total, marginals = ours.marginals(x)
     torch.testing.assert_close(count * log_total, dense.log_total)
     torch.testing.assert_close(marginals, dense.marginals[:, :5])
 
@@ -67,14 +73,14 @@ def test_all_that_is_read_of_a_plan_is_that_of_the_dense_one(count, absent, plai
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
     step = 1e-6
-    ahead, behind = (ours.marginals(x, 1 / (1 / whole.epsilon + s))[1] for s in (step, -step))
-    tangent = ours.tangent(x, whole.epsilon, now)
+    ahead, behind = (form.at(1 / (1 / whole.epsilon + s)).marginals(x)[1] for s in (step, -step))
+    tangent = ours.tangent(x, now)
     torch.testing.assert_close(tangent, (behind - ahead) / (2 * step), rtol=0.01, atol=1e-5)
 
-    swept, moved = ours.sweep(x, whole.epsilon, 2)
+    swept, moved = ours.sweep(x, 2)
     by_hand = x
     for n in range(2):
-        log_m = ours.marginals(by_hand, whole.epsilon)[1].log()
+        log_m = ours.marginals(by_hand)[1].log()
         change = torch.where(wanted == 0, 0.0, wanted.log() - log_m)
         torch.testing.assert_close(moved[:, n], (change.abs() * wanted).sum(-1))
         by_hand = by_hand + change / count
@@ -132,8 +138,8 @@ def test_variables_that_are_not_alike_are_all_solved_for():
 def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
     """And with a cloud of several atoms absent, which makes the others no copies, it is right."""
     made = []
-    make_plan = plans.Copies.__init__
-    monkeypatch.setattr(plans.Copies, "__init__", lambda *a: made.append(1) or make_plan(*a))
+    create = copies.Copies.__init__
+    monkeypatch.setattr(copies.Copies, "__init__", lambda *a: made.append(1) or create(*a))
     clouds = [torch.randn(5, 2) + m for m in range(count)]
     epsilon, edges = 0.7, list(combinations(range(count), 2))
     loss = multi_marginal_sinkhorn_loss(clouds, epsilon=epsilon, tolerance=1e-10)
@@ -158,14 +164,14 @@ def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
 
 
 def test_graphs_in_which_clouds_differ_are_solved_for_all(monkeypatch):
-    monkeypatch.setattr(plans.Copies, "__init__", None)
+    monkeypatch.setattr(copies.Copies, "__init__", None)
     clouds = [torch.randn(5, 2) + m for m in range(4)]
     for graph in ("chain", "star", "cycle"):
         assert math.isfinite(multi_marginal_sinkhorn_loss(clouds, graph=graph).item())
 
 
 def test_conjugate_gradients_that_were_slow_are_not_tried_again(monkeypatch):
-    monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
+    monkeypatch.setattr(base, "_DENSE_ATOMS", 0)
     monkeypatch.setattr(hessian, "_TRIAL_STEPS", 1)
     tries = []
     iterate = hessian.AppliedHessian._iterate

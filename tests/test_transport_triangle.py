@@ -7,9 +7,14 @@ import torch
 from torch.autograd import gradcheck
 
 from multialign import multi_marginal_sinkhorn
-from multialign.transport import hessian, plans, reading
+from multialign.transport.forms.choose import make_form
+from multialign.transport.forms.dense import Table
+from multialign.transport.forms.guarded import Guarded, RangeError
+from multialign.transport.forms.pairwise import Pairwise
+from multialign.transport.forms.triangle import Triangle
 from multialign.transport.problem import make_problem
 from tests import reference
+from tests.forms import force_hessian, solve_in
 
 EDGES = [(0, 1), (0, 2), (1, 2)]
 
@@ -27,25 +32,20 @@ def deviation(costs, marginals):
     return make_problem(costs, marginals, 1.0).deviation
 
 
-@pytest.fixture(params=["factored", "conjugate gradients"])
-def forced(request, monkeypatch):
-    """Let the smallest problems be solved so, and read by elimination."""
-    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    monkeypatch.setattr(plans, "_TRIANGLE_ENTRIES", 0)
-    monkeypatch.setattr(reading, "_SMALL_ENTRIES", 0)
-    if request.param == "conjugate gradients":
-        monkeypatch.setattr("multialign.transport.plan._DENSE_ATOMS", 0)
-        monkeypatch.setattr(hessian, "_FACTORED_ENTRIES", 0)
+@pytest.fixture(params=["matrix", "conjugate gradients"])
+def solver(request, monkeypatch):
+    """Solve Newton's equation by a matrix, or by conjugate gradients."""
+    force_hessian(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("method", ["newton", "sinkhorn"])
 @pytest.mark.parametrize("size", [1, 2, 7, 12])
-def test_matches_the_dense_oracle(size, method, forced):
+def test_matches_the_dense_oracle(size, method, solver):
     costs, marginals = problem(size, batch=(3,))
     if size > 2:
         marginals[0][0, 0] = marginals[1][1, 2] = marginals[2][2, :2] = 0
     epsilon = 0.3 * sum(cost.mean((-1, -2)) for cost in costs.values())
-    solution = multi_marginal_sinkhorn(costs, marginals, epsilon, tolerance=1e-12, method=method)
+    solution = solve_in("triangle", costs, marginals, epsilon, tolerance=1e-12, method=method)
     assert solution.converged.all()
     for b in range(3):
         present = [m[b] > 0 for m in marginals]
@@ -63,15 +63,14 @@ def test_matches_the_dense_oracle(size, method, forced):
 
 
 @pytest.mark.parametrize("name", ["value", "transport_cost", "potentials", "marginals"])
-def test_gradients(name, forced):
+def test_gradients(name, solver):
     costs, marginals = problem(3)
     inputs = [x.requires_grad_() for x in (*costs.values(), *marginals)]
     inputs.append(torch.tensor(1.5, requires_grad=True))
 
     def outputs(*tensors):
-        solution = multi_marginal_sinkhorn(
-            dict(zip(EDGES, tensors)), tensors[3:6], tensors[6], tolerance=1e-12
-        )
+        costs = dict(zip(EDGES, tensors))
+        solution = solve_in("triangle", costs, tensors[3:6], tensors[6], tolerance=1e-12)
         if name == "marginals":
             return tuple(solution.pairwise_marginal(i, j) for i, j in EDGES)
         result = getattr(solution, name)
@@ -84,25 +83,27 @@ def test_all_that_is_read_of_a_plan_is_what_another_form_reads():
     costs, marginals = problem(9, batch=(2,))
     marginals[1][0, 3] = 0
     checked = make_problem(costs, marginals, 0.5 * deviation(costs, marginals))
-    whole, ours = plans.Table(checked), plans.Triangle(checked, torch.float64, lambda: whole)
+    whole, ours = (
+        form.at(checked.epsilon) for form in (Table(checked), Triangle(checked, torch.float64))
+    )
     start = torch.cat(checked.marginals, -1)
     start = torch.where(start == 0, 0.0, start.log())
     for potentials in (start, start + torch.randn_like(start)):
-        args = potentials, checked.epsilon
-        torch.testing.assert_close(ours.marginals(*args), whole.marginals(*args))
+        torch.testing.assert_close(ours.marginals(potentials), whole.marginals(potentials))
         # The first potential that is set takes log Z as well, where the plan was not divided by it.
-        shifted = potentials - ours.marginals(*args)[0].unsqueeze(-1) / 3
-        args = shifted, checked.epsilon
+        shifted = potentials - ours.marginals(potentials)[0].unsqueeze(-1) / 3
         for inner in (0, 1, 3):
-            (swept, moved), (other, far) = [form.sweep(*args, 3, inner) for form in (ours, whole)]
+            (swept, moved), (other, far) = [
+                level.sweep(shifted, 3, inner) for level in (ours, whole)
+            ]
             torch.testing.assert_close(moved, far)
             # Up to a constant, which a sweep may leave in the plan.
             difference = (swept - other).view(2, 3, -1)
             torch.testing.assert_close(difference, difference[..., :1].expand_as(difference))
-        now, other = ours.evaluate(*args), whole.evaluate(*args)
+        now, other = ours.evaluate(shifted), whole.evaluate(shifted)
         torch.testing.assert_close(now.log_total, other.log_total)
         torch.testing.assert_close(
-            ours.tangent(*args, now), whole.tangent(*args, other), rtol=1e-2, atol=1e-5
+            ours.tangent(shifted, now), whole.tangent(shifted, other), rtol=1e-2, atol=1e-5
         )
         right = torch.cat(checked.marginals, -1) - now.marginals
         solved = [
@@ -120,15 +121,17 @@ def test_it_is_used_only_where_it_is_right(dtype, gap):
         for stretch in (0.0, 5.0):
             costs, marginals = problem(24, gap=gap, dim=8)
             checked = make_problem(costs, marginals, relative * deviation(costs, marginals))
-            exact = plans.Pairwise(checked, torch.float64, "torch")
+            exact = Pairwise(checked, torch.float64, "torch").at(checked.epsilon)
             potentials = torch.cat(checked.marginals, -1).log()
-            potentials, _ = exact.sweep(potentials, checked.epsilon, 3)
+            potentials, _ = exact.sweep(potentials, 3)
             potentials = potentials + stretch * torch.randn_like(potentials)
-            found = plans.Triangle(checked, dtype, None)._read(potentials, checked.epsilon)
-            used.append(found is not None)
-            if found is None:
+            try:
+                found = Triangle(checked, dtype).at(checked.epsilon).marginals(potentials)
+            except RangeError:
+                used.append(False)
                 continue
-            log_total, right = exact.marginals(potentials, checked.epsilon)
+            used.append(True)
+            log_total, right = exact.marginals(potentials)
             # Exponents of hundreds are rounded as such.
             rounding = torch.finfo(dtype).eps * 500 / relative
             torch.testing.assert_close(found[0], log_total, rtol=rounding, atol=rounding)
@@ -140,23 +143,22 @@ def test_it_is_used_only_where_it_is_right(dtype, gap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_the_range_does_not_hold_another_form_takes_over(dtype, monkeypatch):
     """By itself, on the way down in epsilon."""
-    monkeypatch.setattr(plans, "_LARGE_ENTRIES", 0)
     made = []
-    create = plans.Triangle.__init__
+    create = Guarded.__init__
 
     def remember(self, *args):
         create(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(plans.Triangle, "__init__", remember)
+    monkeypatch.setattr(Guarded, "__init__", remember)
     costs, marginals = problem(10)
     epsilon = 1e-4 * deviation(costs, marginals).item()
     tolerance = 1e-3 if dtype == torch.float32 else 1e-9
     costs = {edge: cost.to(dtype) for edge, cost in costs.items()}
     marginals = [m.to(dtype) for m in marginals]
-    solution = multi_marginal_sinkhorn(costs, marginals, epsilon, tolerance=tolerance)
+    solution = solve_in("triangle", costs, marginals, epsilon, tolerance=tolerance)
     assert solution.converged
-    assert made[-1]._logs is not None
+    assert made[-1]._safe is not None
     cost = reference.dense_cost({e: c.double().numpy() for e, c in costs.items()}, [10] * 3)
     nus = [m.double().numpy() / m.double().sum().item() for m in marginals]
     bound = reference.exact_transport(cost, nus)
@@ -164,15 +166,13 @@ def test_where_the_range_does_not_hold_another_form_takes_over(dtype, monkeypatc
 
 
 @pytest.mark.parametrize("size", [7, 20])
-def test_float32_is_as_exact_as_its_rounding(size, monkeypatch):
-    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    monkeypatch.setattr(plans, "_LARGE_ENTRIES", 0)
-    monkeypatch.setattr(plans, "_TRIANGLE_ENTRIES", 0)
+def test_float32_is_as_exact_as_its_rounding(size):
     costs, marginals = problem(size)
     epsilon = 0.1 * deviation(costs, marginals).item()
     exact = multi_marginal_sinkhorn(costs, marginals, epsilon, tolerance=1e-12).value
     costs = {edge: cost.float() for edge, cost in costs.items()}
-    found = multi_marginal_sinkhorn(costs, [m.float() for m in marginals], epsilon, tolerance=1e-3)
+    marginals = [m.float() for m in marginals]
+    found = solve_in("triangle", costs, marginals, epsilon, tolerance=1e-3)
     assert found.converged
     assert found.value.item() == pytest.approx(exact.item(), rel=1e-5)
 
@@ -185,10 +185,9 @@ def test_non_finite_input_ends_at_once_and_shows():
     assert solution.iterations < 5
 
 
-def test_three_costs_of_other_graphs_are_no_triangle(monkeypatch):
-    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    monkeypatch.setattr(plans, "_TRIANGLE_ENTRIES", 0)
-    cost, nu = torch.rand(4, 4), torch.ones(4)
-    for edges in ([(0, 1), (0, 2), (0, 3)], EDGES):
-        found = make_problem(dict.fromkeys(edges, cost), [nu] * 4, 1.0)
-        assert not isinstance(plans.make_plan(found, torch.float64), plans.Triangle)
+def test_three_costs_of_other_graphs_are_no_triangle():
+    cost = torch.rand(20, 20)
+    for count, edges in ((4, [(0, 1), (0, 2), (0, 3)]), (4, EDGES), (3, EDGES)):
+        found = make_problem(dict.fromkeys(edges, cost), [torch.ones(20)] * count, 1.0)
+        form = make_form(found, torch.float64, "torch")
+        assert isinstance(form, Guarded) == (count == 3)

@@ -23,7 +23,9 @@ from multialign.ops.gaussian import _stream
 pytest.importorskip("triton", "3.6", reason="triton is not installed, or older than 3.6")
 from multialign.ops import _triton
 from multialign.ops._triton import products, small
-from multialign.transport import elimination, plans, solver
+from multialign.transport import message_sweeps, solver
+from multialign.transport.forms import choose
+from multialign.transport.options import SolverOptions
 from multialign.transport.problem import make_problem
 
 ROOT = Path(__file__).parents[1]
@@ -580,9 +582,9 @@ def test_what_fits():
 @pytest.fixture
 def calls(monkeypatch):
     """Solve small problems as large ones, and collect the names of the kernels that are called."""
-    monkeypatch.setattr(plans, "_VECTOR_WORK", 0)
-    monkeypatch.setattr(plans, "_TABLE_ENTRIES", 0)
-    monkeypatch.setattr(plans, "_LARGE_ENTRIES", 0)
+    monkeypatch.setattr(choose, "_VECTOR_WORK", 0)
+    monkeypatch.setattr(choose, "_TABLE_ENTRIES", 0)
+    monkeypatch.setattr(choose, "_LARGE_ENTRIES", 0)
     monkeypatch.setattr(solver, "solve_small", lambda *args: None)
     names = []
 
@@ -646,7 +648,8 @@ def test_variables_that_are_all_alike_by_kernels(count, expected, calls):
     checked = make_problem(dict.fromkeys(combinations(range(count), 2), cost), [nu] * count, 1.0)
     values = []
     for backend in ("triton", "torch"):
-        found = solver.solve_problem(checked, 1e-6, 100, "auto", backend, symmetric=True)
+        options = SolverOptions(tolerance=1e-6, max_iterations=100, method="auto", backend=backend)
+        found = solver.solve_problem(checked, options, symmetric=True)
         assert found.converged.all()
         assert set(calls) == expected
         values.append(found.value)
@@ -671,9 +674,9 @@ def test_a_sweep_by_kernels(sizes, edges, expected, calls):
     unaries = [torch.randn_like(m) for m in marginals]
     unaries[0][0, 1], marginals[0][0, 1] = -INF, 0
     wanted = [m.log() for m in marginals]
-    found = elimination.sweep(unaries, tables, wanted, "triton")
+    found = message_sweeps.sweep(unaries, tables, wanted, "triton")
     assert calls == expected
-    exact = elimination.sweep(
+    exact = message_sweeps.sweep(
         [x.double() for x in unaries],
         {edge: table.double() for edge, table in tables.items()},
         [x.double() for x in wanted],

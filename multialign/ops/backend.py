@@ -13,9 +13,10 @@ from torch import Tensor
 
 from multialign._validation import check_choice
 
-__all__ = ["Backend", "choose_backend"]
+__all__ = ["Backend", "Implementation", "choose_backend"]
 
 Backend = Literal["auto", "torch", "triton"]
+Implementation = Literal["torch", "triton"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The oldest triton that the kernels are written for; torch 2.10 brings it.
@@ -43,7 +44,7 @@ def _is_old(found: str) -> bool:
 _VERSION = _triton_version()
 
 
-def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
+def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     """Return the backend that will work on `tensor`: a named one, or for "auto" the best there is.
 
     Triton is the best for CUDA tensors, where it is installed and new enough. With

@@ -1,9 +1,10 @@
 """Multi-marginal entropic optimal transport.
 
-Data flows one way: a `Problem` (problem.py) is solved for its potentials without gradient
-(iterations.py), and a `TransportSolution` (solution.py) re-attaches the gradients (reading.py). All
-of them see the plan through its marginals (plans.py), which elimination.py sums out of the cost
-graph; hessian.py says how these change with the potentials.
+Data flows one way. A `Problem` (problem.py) is solved for its potentials without gradient
+(sinkhorn.py, newton.py), and a `TransportSolution` (solution.py) attaches the gradients
+(implicit.py). The iterations see the plan through its sum and marginals, in one of several forms
+(forms/), most of which sum variables out of the cost graph (elimination.py). hessian.py says how
+the marginals change with the potentials.
 """
 
 from multialign.transport.solution import TransportSolution

@@ -23,38 +23,45 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from multialign import _validation
-from multialign.ops import log_matmul_reduce, log_matvec, log_product, logsumexp, real
-from multialign.ops.products import LogProduct, StreamedProduct
+from multialign._validation import check_entries
+from multialign.ops import (
+    Implementation,
+    LogProduct,
+    StreamedProduct,
+    log_matmul_reduce,
+    log_matvec,
+    log_product,
+    logsumexp,
+    real,
+)
 
 __all__ = [
     "Beliefs",
+    "Collected",
     "Edge",
+    "Order",
+    "PairSet",
     "Pairs",
     "Scope",
     "Step",
-    "Which",
-    "Worker",
     "axes_without",
     "beliefs",
-    "check_entries",
+    "check_table",
+    "elimination_order",
     "join",
     "log_marginal",
-    "sweep",
+    "table_of",
 ]
 
 Scope = tuple[int, ...]
 Edge = tuple[int, int]
 Pairs = Mapping[Edge, Tensor]
 """Tables `(B, K_i, K_j)` by (i, j), i < j."""
-Which = Literal["edges", "core", "all"]
-"""Pairs to know: at least those with a cost; all but those of a leaf of the graph with others than
-its neighbour; or all."""
+PairSet = Literal["edges", "core", "all"]
+"""Which pairwise marginals to compute: at least those with a cost; every pair, except that a leaf
+is paired only with its neighbour; or every pair."""
 
-Worker = Literal["torch", "triton"]
-"""Which backend multiplies tables."""
-
-# Where a variable is held at its values, so many entries of a table are worked on at once.
+# Where a variable is held at its values, at most this many entries of a table are made at once.
 _CHUNK_ENTRIES = 2**20
 
 
@@ -68,12 +75,12 @@ class Step(NamedTuple):
     """Whether the neighbours have no others, so that all their factors are known by then."""
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """Steps after which only the variables to keep are left, or one is `held` over an order."""
 
     steps: tuple[Step, ...]
     held: int | None
-    inner: _Order | None
+    inner: Order | None
 
 
 @dataclass
@@ -87,25 +94,36 @@ class Beliefs:
     tables: dict[Edge, Tensor]
     """Pairwise marginals `(B, K_i, K_j)` by (i, j), i < j."""
     leaves: tuple[Step, ...] = ()
-    """The first steps, each of a variable that had one neighbour at most. Of the pairs that these
-    variables are in, `tables` holds those with their neighbour alone."""
+    """The first steps, each of a variable with at most one neighbour, which is the one variable
+    that `tables` pairs it with."""
 
     def table(self, i: int, j: int) -> Tensor:
         """Return the pairwise marginal `(B, K_i, K_j)`."""
-        return _table(self.tables, i, j)
+        return table_of(self.tables, i, j)
 
     def joined(self) -> Tensor:
         """Return all marginals, one after another, `(B, S)`."""
         return torch.cat([self.marginals[p] for p in range(len(self.marginals))], -1)
+
+    def part(self, variables: Scope) -> Beliefs:
+        """Return the marginals of some variables, numbered anew, and of pairs of them."""
+        number = {p: n for n, p in enumerate(variables)}
+        marginals = {number[p]: self.marginals[p] for p in variables}
+        tables = {
+            (number[i], number[j]): table
+            for (i, j), table in self.tables.items()
+            if i in number and j in number
+        }
+        return Beliefs(self.log_total, marginals, tables)
 
     def put(self, i: int, j: int, table: Tensor) -> None:
         """Store the pairwise marginal `(B, K_i, K_j)`."""
         self.tables[(min(i, j), max(i, j))] = table if i < j else table.mT
 
 
-def check_entries(entries: int) -> None:
-    """Raise before a table is built that would be larger than the bound."""
-    _validation.check_entries(
+def check_table(entries: int) -> None:
+    """Raise before a table over all variables is built that would be larger than the bound."""
+    check_entries(
         entries,
         "use fewer or smaller marginals, a smaller batch, or costs between pairs, "
         "{(i, j): C_ij}, which need tables of K^2 entries only",
@@ -130,47 +148,29 @@ def axes_without(scope: Scope, count: int) -> list[int]:
 
 
 def log_marginal(
-    unaries: Sequence[Tensor], pairs: Pairs, keep: Scope = (), backend: Worker = "torch"
+    unaries: Sequence[Tensor], pairs: Pairs, keep: Scope = (), backend: Implementation = "torch"
 ) -> Tensor:
     """Return the logarithm of the sum over all variables but `keep`, `(B, *K_keep)`.
 
     `keep` holds up to two variables, in increasing order.
     """
     found = dict(enumerate(unaries))
-    return _log_marginal(found, pairs, _plan(found, pairs, keep), keep, backend)
+    return _log_marginal(found, pairs, elimination_order(found, pairs, keep), keep, backend)
 
 
 def beliefs(
-    unaries: Sequence[Tensor], pairs: Pairs, which: Which, backend: Worker = "torch"
+    unaries: Sequence[Tensor],
+    pairs: Pairs,
+    pairs_wanted: PairSet,
+    backend: Implementation = "torch",
 ) -> Beliefs:
     """Return the marginals of all variables, and of pairs of them."""
     found = dict(enumerate(unaries))
-    return _beliefs(found, pairs, _plan(found, pairs, ()), which, backend)
-
-
-def sweep(
-    unaries: Sequence[Tensor], pairs: Pairs, wanted: Sequence[Tensor], backend: Worker = "torch"
-) -> list[Tensor]:
-    """Set one potential after another so that its marginal is the one wanted.
-
-    Args:
-        unaries: Potentials `(B, K_p)`, -inf at atoms of mass 0.
-        pairs: The tables of -C / epsilon.
-        wanted: The logarithms of the marginals wanted.
-        backend: What multiplies tables.
-    """
-    found = dict(enumerate(unaries))
-    order = _plan(found, pairs, ())
-    if order.held is None:
-        return _Sweep(found, pairs, order.steps, wanted, backend).potentials
-    for p, log_nu in enumerate(wanted):
-        step = log_nu - _log_marginal(found, pairs, _plan(found, pairs, (p,)), (p,), backend)
-        found[p] = torch.where(log_nu == -math.inf, -math.inf, found[p] + step)
-    return list(found.values())
+    return _beliefs(found, pairs, elimination_order(found, pairs, ()), pairs_wanted, backend)
 
 
 def _log_marginal(
-    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, keep: Scope, backend: Worker
+    unaries: Mapping[int, Tensor], pairs: Pairs, order: Order, keep: Scope, backend: Implementation
 ) -> Tensor:
     steps, last = order.steps, order.steps[-2:]
     # Of a triangle that ends in one variable, the table over two is not needed.
@@ -178,7 +178,7 @@ def _log_marginal(
         [len(step.neighbours) for step in last] == [2, 1]
         and last[1].variable in last[0].neighbours
     )  # fmt: skip
-    rest = _Collected(unaries, pairs, steps[:-2] if at_once else steps, backend, ways=False)
+    rest = Collected(unaries, pairs, steps[:-2] if at_once else steps, backend, keep=False)
     if at_once:
         rest.sum_out_two(*last)
     trailing = [1] * len(keep)
@@ -199,87 +199,94 @@ def _log_marginal(
 
 
 def _beliefs(
-    unaries: Mapping[int, Tensor], pairs: Pairs, order: _Order, which: Which, backend: Worker
+    unaries: Mapping[int, Tensor],
+    pairs: Pairs,
+    order: Order,
+    pairs_wanted: PairSet,
+    backend: Implementation,
 ) -> Beliefs:
-    rest = _Collected(unaries, pairs, order.steps, backend)
+    rest = Collected(unaries, pairs, order.steps, backend)
     if order.held is None or order.inner is None:
         result = Beliefs(rest.constant, {}, {})
     else:
         result = _mix(rest, order.held, order.inner, backend)
     leaves = tuple(takewhile(lambda step: len(step.neighbours) < 2, order.steps))
-    result.leaves = () if which == "all" else leaves
+    result.leaves = () if pairs_wanted == "all" else leaves
     for number in reversed(range(len(order.steps))):
-        step, way = order.steps[number], rest.ways[number]
-        j, known = step.variable, list(result.marginals)
-        # Which pairs with variables that are no neighbours are to be known.
-        others = [q for q in known if q not in step.neighbours]
-        if which == "edges" or number < len(result.leaves):
+        step, conditional = order.steps[number], rest.conditionals[number]
+        j = step.variable
+        # Variables to pair j with that are no neighbours of it.
+        others = [q for q in result.marginals if q not in step.neighbours]
+        if pairs_wanted == "edges" or number < len(result.leaves):
             others = []
-        if not isinstance(way, Tensor):
+        if not isinstance(conditional, Tensor):
             i, k = step.neighbours
-            left, right = way.spread(result.table(i, k))
+            left, right = conditional.spread(result.table(i, k))
             result.put(i, j, left)
             result.put(j, k, right)
             result.marginals[j] = right.sum(-1)
             for q in others:
                 edge = (min(q, j), max(q, j))
-                order_of_pair = _plan(unaries, pairs, edge)
+                order_of_pair = elimination_order(unaries, pairs, edge)
                 joint = _log_marginal(unaries, pairs, order_of_pair, edge, backend)
                 result.tables[edge] = (joint - result.log_total[:, None, None]).exp()
             continue
-        for i in step.neighbours:
-            result.put(i, j, result.marginals[i].unsqueeze(-1) * way)
+        if not step.neighbours:
+            result.marginals[j] = conditional
+            for q in others:
+                table = result.marginals[q].unsqueeze(-1) * conditional.unsqueeze(-2)
+                result.put(q, j, table)
+            continue
+        (i,) = step.neighbours
+        result.put(i, j, result.marginals[i].unsqueeze(-1) * conditional)
         for q in others:
-            if step.neighbours:
-                result.put(q, j, result.table(q, step.neighbours[0]) @ way)
-            else:
-                result.put(q, j, result.marginals[q].unsqueeze(-1) * way.unsqueeze(-2))
-        if step.neighbours:
-            way = result.table(step.neighbours[0], j).sum(1)
-        result.marginals[j] = way
+            result.put(q, j, result.table(q, i) @ conditional)
+        result.marginals[j] = result.table(i, j).sum(1)
     return result
 
 
-class _Collected:
-    """What is left after some variables were summed out, and with `ways` the way back."""
+class Collected:
+    """What is left after some variables were summed out."""
 
     def __init__(
         self,
         unaries: Mapping[int, Tensor],
         pairs: Pairs,
         steps: Sequence[Step],
-        backend: Worker,
+        backend: Implementation,
         *,
-        ways: bool = True,
+        keep: bool = True,
     ) -> None:
+        """Sum out the variables of some steps; `keep` their distributions given the rest."""
         self._backend = backend
         self.unaries, self.pairs = dict(unaries), dict(pairs)
         first = next(iter(unaries.values()))
         self.constant = first.new_zeros(len(first))
-        # For each step: p(j | i), `(B, K_i, K_j)`, if j had one neighbour; p(j) if it had none.
-        self.ways: list[Tensor | LogProduct | StreamedProduct] = []
+        # For each step the distribution of its variable j given its neighbours: p(j), `(B, K_j)`;
+        # p(j | i), `(B, K_i, K_j)`; or, given two, the product that can spread their table over j.
+        self.conditionals: list[Tensor | LogProduct | StreamedProduct] = []
         # For each step: the logarithm of the sum, over the neighbours.
         self.messages: list[Tensor] = []
         for step in steps:
             x = self.unaries.pop(step.variable)
-            way: Tensor | LogProduct | StreamedProduct | None = None
+            conditional: Tensor | LogProduct | StreamedProduct | None = None
             if not step.neighbours:
-                way, message = _softmax(x)
+                conditional, message = _softmax(x)
                 self.constant = self.constant + message
             elif len(step.neighbours) == 1:
                 (i,) = step.neighbours
                 table = self._take(i, step.variable)
-                if ways:
-                    way, message = _softmax(table + x.unsqueeze(-2))
+                if keep:
+                    conditional, message = _softmax(table + x.unsqueeze(-2))
                 else:
                     message = log_matvec(table, x, backend)
                 self.unaries[i] = self.unaries[i] + message
             else:
-                way = self._multiply(step, x)
-                message = way.values
+                conditional = self._multiply(step, x)
+                message = conditional.values
             self.messages.append(message)
-            if way is not None:
-                self.ways.append(way)
+            if conditional is not None:
+                self.conditionals.append(conditional)
 
     def sum_out_two(self, step: Step, after: Step) -> None:
         """Sum out a variable with two neighbours, and then one of these with the other alone."""
@@ -311,123 +318,6 @@ class _Collected:
         return self.pairs.pop((i, j)) if i < j else self.pairs.pop((j, i)).mT
 
 
-class _Sweep:
-    """A visit to each variable, from the last one summed out to the first, that sets its potential.
-
-    A step and those before it that ended in its variable form a branch; what the rest of the plan
-    says to a branch is its `outer`, a log-factor of the step's neighbours. Coming back from a
-    branch, what it says to them has changed (its message).
-    """
-
-    def __init__(
-        self,
-        unaries: Mapping[int, Tensor],
-        pairs: Pairs,
-        steps: Sequence[Step],
-        wanted: Sequence[Tensor],
-        backend: Worker,
-    ) -> None:
-        self._backend = backend
-        self._x, self._pairs, self._steps, self._wanted = dict(unaries), pairs, steps, wanted
-        self._messages = _Collected(unaries, pairs, steps, backend, ways=False).messages
-        # The steps that ended in each set of neighbours, and the branches of each step.
-        self._ending: dict[Scope, list[int]] = {}
-        self._branches: list[list[int]] = [[] for _ in steps]
-        for n, step in enumerate(steps):
-            self._ending.setdefault(step.neighbours, []).append(n)
-            for m in range(n + 1, len(steps)):
-                if steps[m].variable in step.neighbours:
-                    self._branches[m].append(n)
-                    break
-        for n in self._ending[()]:
-            self._visit(n, None, False)
-
-    @property
-    def potentials(self) -> list[Tensor]:
-        """The potentials after the visit."""
-        return [self._x[p] for p in range(len(self._x))]
-
-    def _visit(self, n: int, outer: Tensor | None, again: bool) -> None:
-        """Set the potentials of a branch; `again` if its message will be needed once more."""
-        j = self._steps[n].variable
-        rest = self._said(n, outer)
-        step = self._wanted[j] - (self._own(j) + rest)
-        self._x[j] = torch.where(self._wanted[j] == -math.inf, -math.inf, self._x[j] + step)
-        for number, branch in enumerate(self._branches[n], 1):
-            ends = self._steps[branch].neighbours
-            if ends == (j,):
-                said = self._own(j, but=branch) + self._said(n, outer)
-            else:
-                (i,) = set(ends) - {j}
-                said = self._said_to(n, outer, i) + self._own(j).unsqueeze(-2)
-                others = self._table(i, j, but=branch)
-                said = said if others is None else said + others
-                said = said if i < j else said.mT
-            self._visit(branch, said, again or number < len(self._branches[n]))
-        if again:
-            self._messages[n] = self._message(n)
-
-    def _own(self, j: int, but: int = -1) -> Tensor:
-        """Return the potential of j with what its branches say, but one."""
-        x = self._x[j]
-        for n in self._ending.get((j,), []):
-            x = x if n == but else x + self._messages[n]
-        return x
-
-    def _table(self, i: int, j: int, but: int = -1) -> Tensor | None:
-        """Return the table between i and j with what branches say to both, but one."""
-        edge = (min(i, j), max(i, j))
-        table = self._pairs.get(edge)
-        for n in self._ending.get(edge, []):
-            if n != but:
-                table = self._messages[n] if table is None else table + self._messages[n]
-        return table if table is None or i < j else table.mT
-
-    def _said(self, n: int, outer: Tensor | None) -> Tensor:
-        """Return what all but its branches says to the variable of a step, `(B, K_j)`."""
-        j, neighbours, _ = self._steps[n]
-        if outer is None:
-            return torch.zeros_like(self._x[j])
-        if len(neighbours) == 1:
-            table = self._table(j, neighbours[0])
-            assert table is not None
-            return log_matvec(table, outer, self._backend)
-        outer, far, near = self._triangle(n, outer, neighbours[0])
-        return log_matmul_reduce(far.mT, outer.mT, near.mT, self._backend)
-
-    def _said_to(self, n: int, outer: Tensor | None, i: int) -> Tensor:
-        """Return the same to a variable and its neighbour i, `(B, K_i, K_j)` (or 1 for K_j)."""
-        assert outer is not None
-        j, neighbours, _ = self._steps[n]
-        if len(neighbours) == 1:
-            return outer.unsqueeze(-1)
-        outer, far, near = self._triangle(n, outer, i)
-        half = self._own(j).unsqueeze(-2) / 2
-        product = log_product(outer, far + half, near + half, self._backend)
-        return torch.where(half == -math.inf, -math.inf, product.values - half)
-
-    def _triangle(self, n: int, outer: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return factors of (i, k), (k, j) and (i, j), with i and k the neighbours of j."""
-        j, neighbours, _ = self._steps[n]
-        (k,) = set(neighbours) - {i}
-        near, far = self._table(i, j), self._table(k, j)
-        assert near is not None
-        assert far is not None
-        # `outer` has the whole potential of k; with half of it in either factor, the two are large
-        # at the same places, and far fewer entries of their product are below the exponent range.
-        half = torch.where(self._x[k] == -math.inf, 0.0, self._x[k] / 2)
-        outer = outer if i < k else outer.mT
-        return outer - half.unsqueeze(-2), far + half.unsqueeze(-1), near
-
-    def _message(self, n: int) -> Tensor:
-        j, neighbours, _ = self._steps[n]
-        tables = [table for i in neighbours if (table := self._table(i, j)) is not None]
-        if len(neighbours) == 1:
-            return log_matvec(tables[0], self._own(j), self._backend)
-        half = self._own(j).unsqueeze(-2) / 2
-        return log_product(tables[0] + half, (tables[1] + half).mT, None, self._backend).values
-
-
 class _Part(NamedTuple):
     """A plan with one variable held at n of its values, as a batch of B n."""
 
@@ -437,7 +327,7 @@ class _Part(NamedTuple):
     """`(B, n)`: log-weights of the values."""
 
 
-def _hold(rest: _Collected, held: int) -> Iterator[_Part]:
+def _hold(rest: Collected, held: int) -> Iterator[_Part]:
     """Hold one variable at all its values, as many at once as memory should take."""
     weights = rest.unaries[held]
     others = {p: x for p, x in rest.unaries.items() if p != held}
@@ -451,7 +341,7 @@ def _hold(rest: _Collected, held: int) -> Iterator[_Part]:
         for p, x in others.items():
             x = x.unsqueeze(1)
             if (min(p, held), max(p, held)) in rest.pairs:
-                x = x + _table(rest.pairs, held, p)[:, values]
+                x = x + table_of(rest.pairs, held, p)[:, values]
             unaries[p] = x.expand(-1, chunk.shape[1], -1).flatten(0, 1)
         pairs = {
             edge: table.unsqueeze(1).expand(-1, chunk.shape[1], -1, -1).flatten(0, 1)
@@ -460,7 +350,7 @@ def _hold(rest: _Collected, held: int) -> Iterator[_Part]:
         yield _Part(unaries, pairs, chunk)
 
 
-def _mix(rest: _Collected, held: int, inner: _Order, backend: Worker) -> Beliefs:
+def _mix(rest: Collected, held: int, inner: Order, backend: Implementation) -> Beliefs:
     """Return the beliefs of a plan as the mixture of those with one variable held."""
     others = sorted(set(rest.unaries) - {held})
     edges = list(combinations(others, 2))
@@ -509,20 +399,24 @@ def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return terms.div_(total), message
 
 
-def _table(tables: Pairs, i: int, j: int) -> Tensor:
+def table_of(tables: Pairs, i: int, j: int) -> Tensor:
+    """Return the table `(B, K_i, K_j)`, in either order."""
     return tables[(i, j)] if i < j else tables[(j, i)].mT
 
 
-def _plan(unaries: Mapping[int, Tensor], pairs: Pairs, keep: Scope) -> _Order:
+def elimination_order(unaries: Mapping[int, Tensor], pairs: Pairs, keep: Scope) -> Order:
+    """Return in which order to sum out all variables but `keep`."""
     variables = tuple(unaries)
-    return _order(variables, tuple(pairs), tuple(unaries[p].shape[-1] for p in variables), keep)
+    return _cached_order(
+        variables, tuple(pairs), tuple(unaries[p].shape[-1] for p in variables), keep
+    )
 
 
 @lru_cache(maxsize=1024)
-def _order(
+def _cached_order(
     variables: Scope, edges: tuple[Edge, ...], sizes: tuple[int, ...], keep: Scope
-) -> _Order:
-    """Plan which variables to sum out: leaves first, then whose product of tables is smallest."""
+) -> Order:
+    """Sum out leaves first, then the variable whose product of tables is smallest."""
     size = dict(zip(variables, sizes, strict=True))
     near: dict[int, set[int]] = {v: set() for v in variables}
     for i, j in edges:
@@ -537,11 +431,11 @@ def _order(
             held = min(free, key=lambda v: (-degree[v], size[v]))
             rest = tuple(v for v in near if v != held)
             left = tuple((i, j) for i in rest for j in near[i] if i < j and j != held)
-            inner = _order(rest, left, tuple(size[v] for v in rest), keep)
-            return _Order(tuple(steps), held, inner)
+            inner = _cached_order(rest, left, tuple(size[v] for v in rest), keep)
+            return Order(tuple(steps), held, inner)
         neighbours = tuple(sorted(near.pop(variable)))
         for v in neighbours:
             near[v] = (near[v] | set(neighbours)) - {v, variable}
         alone = all(near[v] <= set(neighbours) for v in neighbours)
         steps.append(Step(variable, neighbours, alone))
-    return _Order(tuple(steps), None, None)
+    return Order(tuple(steps), None, None)

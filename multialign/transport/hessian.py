@@ -7,32 +7,30 @@ side of differences of marginals is orthogonal to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, combinations, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import Beliefs
+from multialign.transport.elimination import Beliefs, Edge
 
 __all__ = [
     "AppliedHessian",
     "DenseHessian",
     "Hessian",
-    "RingMatrix",
+    "ScaledMatrix",
     "Scaling",
-    "dense",
     "pairwise_hessian",
 ]
 
 # Up to this many entries the matrix is factored where conjugate gradients are slow: with three
-# marginals that costs about as much as the pairwise marginals did. So many of their steps are
-# tried first.
+# marginals that costs about as much as the pairwise marginals did. First this many of their steps
+# are tried.
 _FACTORED_ENTRIES = 2**24
 _TRIAL_STEPS = 40
-# Up to this many entries the matrix is put together for them: one product instead of many.
-_JOINED_ENTRIES = 2**21
 
 
 class Hessian(Protocol):
@@ -41,8 +39,8 @@ class Hessian(Protocol):
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve (H + damping diag(nu)) x = right, `(B, S)`, orthogonal to the constants.
 
-        An iterative solution leaves at most `tolerance` `(B,)` of the right side, if it
-        can within so many `steps`.
+        An iterative solution leaves at most `tolerance` `(B,)` of the right side, if it can within
+        `steps` steps.
         """
 
 
@@ -63,16 +61,25 @@ class Scaling:
         self.root = self.wanted.sqrt().to(dtype)
         self.inverse = self.wanted.rsqrt().masked_fill_(self.absent, 0.0).to(dtype)
         self.slow = False
-        """Whether conjugate gradients were slow already."""
-        self._outer: Tensor | None = None
-        self._gauge: Tensor | None = None
+        """Whether conjugate gradients were slow for these marginals before."""
 
     def matrix(self, hessian: Tensor) -> Tensor:
         """Return the scaled matrix with ones on its diagonal and a full rank."""
-        if self._outer is None or self._gauge is None:
-            self._outer = self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
-            self._gauge = self.gauge()
-        return torch.addcmul(self._gauge, self._outer, hessian)
+        return torch.addcmul(self.gauge, self._outer, hessian)
+
+    @cached_property
+    def gauge(self) -> Tensor:
+        """What is added to the scaled matrix, `(B, S, S)`; of absent atoms a unit matrix."""
+        gauge, start = torch.diag_embed(self.absent.to(self.root.dtype)), self.sizes[0]
+        for root in self.root.split(self.sizes, -1)[1:]:
+            own = slice(start, start + root.shape[-1])
+            gauge[:, own, own].addcmul_(root.unsqueeze(-1), root.unsqueeze(-2))
+            start += root.shape[-1]
+        return gauge
+
+    @cached_property
+    def _outer(self) -> Tensor:
+        return self.inverse.unsqueeze(-1) * self.inverse.unsqueeze(-2)
 
     def part(self, *variables: int) -> Scaling:
         """Return the scaling for some of the variables, the same each time."""
@@ -81,47 +88,39 @@ class Scaling:
             self._parts[variables] = Scaling(marginals, self._dtype)
         return self._parts[variables]
 
-    def gauge(self) -> Tensor:
-        """Return what is added to the scaled matrix, `(B, S, S)`; of absent atoms a unit matrix."""
-        gauge, start = torch.diag_embed(self.absent.to(self.root.dtype)), self.sizes[0]
-        for root in self.root.split(self.sizes, -1)[1:]:
-            own = slice(start, start + root.shape[-1])
-            gauge[:, own, own].addcmul_(root.unsqueeze(-1), root.unsqueeze(-2))
-            start += root.shape[-1]
-        return gauge
 
+class ScaledMatrix:
+    """The scaled matrix of a plan whose pairs are all known, in storage that is filled in place.
 
-class RingMatrix:
-    """The scaled matrix of three marginals of K atoms each, its lower triangle put in place."""
+    Below the diagonal it is whole; above, it is not written.
+    """
 
     def __init__(self, scaling: Scaling) -> None:
-        self._matrix = scaling.gauge()
-        batch, atoms, _ = self._matrix.shape
-        size = atoms // 3
-        # Blocks (1, 0) and (2, 1), and block (2, 0).
-        strides = (size * (atoms + 1), atoms**2, atoms, 1)
-        self._below = self._matrix.as_strided((2, batch, size, size), strides, size * atoms)
-        self._corner = self._matrix[:, -size:, :size]
+        self._matrix = scaling.gauge.clone()
         self._diagonal = self._matrix.diagonal(dim1=-2, dim2=-1)
         self._gauge, self._square = self._diagonal.clone(), scaling.inverse.square()
-        inverse = scaling.inverse.view(batch, 3, size).transpose(0, 1)
-        self._outer = inverse.unsqueeze(-2) * inverse.roll(-1, 0).unsqueeze(-1)
+        ends = list(accumulate(scaling.sizes, initial=0))
+        blocks = [slice(*end) for end in pairwise(ends)]
+        inverse = scaling.inverse.split(scaling.sizes, -1)
+        self._below = {
+            (p, q): (
+                self._matrix[:, blocks[q], blocks[p]],
+                inverse[q].unsqueeze(-1) * inverse[p].unsqueeze(-2),
+            )
+            for p, q in combinations(range(len(blocks)), 2)
+        }
 
-    def fill(self, tables: Tensor, marginals: Tensor) -> Tensor:
-        """Return the matrix, from tables `(3, B, K, K)` over p and p + 1 (mod 3).
-
-        It is the same storage each time.
-        """
-        torch.mul(tables[:2].mT, self._outer[:2], out=self._below)
-        torch.mul(tables[2], self._outer[2].mT, out=self._corner)
-        torch.addcmul(
-            self._gauge, marginals.to(self._square.dtype), self._square, out=self._diagonal
-        )
+    def fill(self, marginals: Tensor, tables: Mapping[Edge, Tensor]) -> Tensor:
+        """Return the matrix of marginals `(B, S)` and pairwise marginals; the storage is reused."""
+        for edge, (block, outer) in self._below.items():
+            torch.mul(tables[edge].mT, outer, out=block)
+        marginals = marginals.to(self._square.dtype)
+        torch.addcmul(self._gauge, marginals, self._square, out=self._diagonal)
         return self._matrix
 
 
 class DenseHessian:
-    """H as a scaled matrix, of which the lower triangle is read; it is built if it is needed."""
+    """H as a scaled matrix, of which the lower triangle is read; it is built when it is needed."""
 
     def __init__(self, scaling: Scaling, build: Callable[[], Tensor]) -> None:
         self._scaling, self._build = scaling, build
@@ -143,7 +142,7 @@ class DenseHessian:
 
 
 class AppliedHessian:
-    """H as what it does to a vector, for more atoms than a matrix could hold.
+    """H as a product with a vector, for more atoms than a matrix could hold.
 
     `build` makes the scaled matrix of it, which takes as long as `trial` steps.
     """
@@ -168,7 +167,7 @@ class AppliedHessian:
             right, damping, tolerance, min(steps, self._trial) if fits else steps
         )
         if fits and not solved:
-            # It will not be better conditioned at a smaller epsilon.
+            # H is no better conditioned at a smaller epsilon.
             self._scaling.slow = True
             return direct.solve(right, damping, tolerance, steps)
         return solution
@@ -189,7 +188,7 @@ class AppliedHessian:
                 return inverse * solution, True
             image = torch.addcmul(inverse * self._times(inverse * direction), damping, direction)
             curvature = (direction * image).sum(-1, keepdim=True)
-            # What is solved already has nothing but rounding left.
+            # A problem that is solved has a direction of nothing but rounding.
             length = torch.where(curvature > 0, square / curvature, 0.0)
             solution = torch.addcmul(solution, length, direction)
             residual = torch.addcmul(residual, length, image, value=-1)
@@ -201,16 +200,16 @@ class AppliedHessian:
 class BranchedHessian:
     """H of a plan of which some variables were summed out as leaves, by a form of its inverse.
 
-    Given its neighbour i, a leaf j depends on nothing else. With P the table (i, j), E_i the unit
-    matrix in the rows of i and r_i = E_i^T r,
+    Given its neighbour i, a leaf j depends on no other variable. With P the table (i, j), E_i the
+    unit matrix in the rows of i and r_i = E_i^T r,
 
         H^-1 = H_core^-1 + sum_j Q_j S_j^-1 Q_j^T,  Q_j = E_j - E_i diag(1 / m_i) P,
         S_j = diag(m_j) - P^T diag(1 / m_i) P
 
     (for a leaf without a neighbour, Q_j = E_j and S_j = diag(m_j)): the inverse of a covariance
     with conditional independences :cite:`lauritzen:96`, which the second moments of the indicators
-    of k_1, ..., k_M have. So every table is inverted alone. The direction is one of ascent however
-    exactly that is done.
+    of k_1, ..., k_M have. So every table is inverted alone. However inexactly that is done, the
+    direction is one of ascent.
     """
 
     def __init__(self, scaling: Scaling, found: Beliefs) -> None:
@@ -247,7 +246,7 @@ class BranchedHessian:
         if self._core:
             core = self._scaling.part(*self._core)
             joined = torch.cat([parts[p] for p in self._core], -1)
-            inner = _core_hessian(core, self._between(self._core))
+            inner = _core_hessian(core, self._found.part(self._core))
             blocks = inner.solve(joined, damping, tolerance, steps).split(core.sizes, -1)
             for p, block in zip(self._core, blocks, strict=True):
                 result[p] = result[p] + block
@@ -264,22 +263,11 @@ class BranchedHessian:
             root = table * mass.rsqrt().unsqueeze(-1)
             matrix = torch.bmm(root.mT, -root)
             matrix.diagonal(dim1=-2, dim2=-1).add_(marginal)
-            # It takes constants to 0.
+            # S_j takes constants to 0.
             ones = scaling.root.unsqueeze(-1) * scaling.root.unsqueeze(-2)
             return scaling.matrix(matrix) + ones
 
         return AppliedHessian(scaling, times, build, table.shape[-1] // 16)
-
-    def _between(self, variables: tuple[int, ...]) -> Beliefs:
-        """Return the marginals of some variables, numbered anew, and of pairs of them."""
-        number = {p: n for n, p in enumerate(variables)}
-        marginals = {number[p]: self._found.marginals[p] for p in variables}
-        tables = {
-            (number[i], number[j]): table
-            for (i, j), table in self._found.tables.items()
-            if i in number and j in number
-        }
-        return Beliefs(self._found.log_total, marginals, tables)
 
 
 def pairwise_hessian(scaling: Scaling, found: Beliefs) -> Hessian:
@@ -288,34 +276,20 @@ def pairwise_hessian(scaling: Scaling, found: Beliefs) -> Hessian:
 
 
 def _core_hessian(scaling: Scaling, found: Beliefs) -> AppliedHessian:
-    m, count = found.marginals, len(found.marginals)
-    joined = scaling.root.numel() * scaling.root.shape[-1] <= _JOINED_ENTRIES
-    matrix = cache(partial(dense, found))
+    m = found.marginals
 
     def times(vector: Tensor) -> Tensor:
-        if joined:
-            return _times(matrix(), vector)
         v = vector.split(scaling.sizes, -1)
-        result = [m[p] * v[p] for p in range(count)]
-        for i, j in found.tables:
-            result[i] = result[i] + _times(found.tables[(i, j)], v[j])
-            result[j] = result[j] + _times(found.tables[(i, j)].mT, v[i])
+        result = [m[p] * v[p] for p in range(len(m))]
+        for (i, j), table in found.tables.items():
+            result[i] = result[i] + _times(table, v[j])
+            result[j] = result[j] + _times(table.mT, v[i])
         return torch.cat(result, -1)
 
-    return AppliedHessian(scaling, times, lambda: scaling.matrix(matrix()))
+    def build() -> Tensor:
+        return ScaledMatrix(scaling).fill(found.joined(), found.tables)
 
-
-def dense(found: Beliefs) -> Tensor:
-    """Return H as a matrix, where all pairs are known."""
-    count = len(found.marginals)
-    matrix = found.joined().diag_embed()
-    ends = [0]
-    for p in range(count):
-        ends.append(ends[-1] + found.marginals[p].shape[-1])
-    for (p, q), table in found.tables.items():
-        matrix[:, ends[p] : ends[p + 1], ends[q] : ends[q + 1]] = table
-        matrix[:, ends[q] : ends[q + 1], ends[p] : ends[p + 1]] = table.mT
-    return matrix
+    return AppliedHessian(scaling, times, build)
 
 
 def _times(table: Tensor, vector: Tensor) -> Tensor:

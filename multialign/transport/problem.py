@@ -19,7 +19,7 @@ from multialign._validation import (
     lift,
 )
 from multialign.ops import log
-from multialign.transport.elimination import Scope, check_entries
+from multialign.transport.elimination import Scope, check_table
 
 __all__ = ["Problem", "along", "make_problem", "unflatten_problem"]
 
@@ -77,6 +77,10 @@ class Problem:
             scope: cost / -epsilon.reshape(len(epsilon), *[1] * len(scope))
             for scope, cost in self.costs.items()
         }
+
+    def log_marginals(self) -> list[Tensor]:
+        """Return log nu_p, -inf at absent atoms."""
+        return [log(marginal) for marginal in self.marginals]
 
     def folded(self) -> Problem:
         """Return the problem as that of copies of one variable; they have to be alike."""
@@ -153,7 +157,7 @@ def make_problem(
     batch = _common_batch(tables, weights, epsilon)
     for scope in tables:
         if len(scope) > 2:
-            check_entries(batch.numel() * math.prod(weights[p].shape[-1] for p in scope))
+            check_table(batch.numel() * math.prod(weights[p].shape[-1] for p in scope))
 
     def flat(x: Tensor, dims: int) -> Tensor:
         shape = x.shape[x.ndim - dims :]
@@ -358,8 +362,3 @@ def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-
-
-def log_marginals(problem: Problem) -> list[Tensor]:
-    """Return log nu_p, with -inf at absent atoms."""
-    return [log(marginal) for marginal in problem.marginals]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from multialign._validation import check_entries
-from multialign.transport.iterations import Iterate
+from multialign.transport.forms.choose import FormName
+from multialign.transport.implicit import log_total, read_marginals, solve_hessian
 from multialign.transport.problem import Problem
-from multialign.transport.reading import read_log_total, read_marginals, solve_hessian
+from multialign.transport.sinkhorn import Iterate
 
 __all__ = ["TransportSolution"]
 
@@ -66,8 +67,10 @@ class TransportSolution:
     error: Tensor
     converged: Tensor
 
-    def __init__(self, problem: Problem, iterate: Iterate, tolerance: float) -> None:
-        self._problem = problem
+    def __init__(
+        self, problem: Problem, iterate: Iterate, tolerance: float, form: FormName = "auto"
+    ) -> None:
+        self._problem, self._form = problem, form
         self._fixed = iterate.potentials
         self._attached: Tensor | None = None
         self.iterations = problem.unflatten(iterate.iterations)
@@ -150,8 +153,9 @@ class TransportSolution:
         wanted = torch.cat(problem.marginals, -1)
         dual = (self._fixed * wanted).sum(-1)
         if self._is_recorded():
-            # It is 0, but its gradient is not.
-            dual = dual - read_log_total(problem, self._fixed)
+            # The logarithm of the plan's sum is 0, but its gradient is not.
+            known = torch.zeros_like(problem.epsilon)
+            dual = dual - log_total(problem, self._fixed, self._form, known)
         return problem.epsilon * dual + (torch.cat(problem.offsets, -1) * wanted).sum(-1)
 
     def _is_recorded(self) -> bool:
@@ -166,14 +170,15 @@ class TransportSolution:
         if self._attached is None:
             problem = self._problem
             singles = [(p,) for p in range(len(problem.marginals))]
-            found = torch.cat(read_marginals(problem, self._fixed, singles), -1)
+            found = torch.cat(read_marginals(problem, self._fixed, singles, self._form), -1)
             residual = torch.cat(problem.marginals, -1) - found
             change = residual - residual.detach()
-            self._attached = self._fixed + solve_hessian(problem.detach(), self._fixed, change)
+            step = solve_hessian(problem.detach(), self._fixed, change, self._form)
+            self._attached = self._fixed + step
         return self._attached
 
     def _probabilities(self, scopes: list[Any]) -> list[Tensor]:
-        return read_marginals(self._problem, self._potentials(), scopes)
+        return read_marginals(self._problem, self._potentials(), scopes, self._form)
 
     def _check_index(self, name: str, index: int) -> None:
         count = len(self._problem.marginals)

@@ -5,29 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from multialign._validation import check_choice, check_count, check_positive, full_precision
-from multialign.ops import Backend, choose_backend, register_batched_vmap, solve_small
-from multialign.transport.elimination import Worker
-from multialign.transport.iterations import Iterate, finish, newton, sinkhorn
-from multialign.transport.plans import make_plan
+from multialign._validation import full_precision
+from multialign.ops import (
+    Backend,
+    Implementation,
+    choose_backend,
+    register_batched_vmap,
+    solve_small,
+)
+from multialign.transport.forms.choose import FormName, make_form
+from multialign.transport.implicit import log_total
+from multialign.transport.newton import newton
+from multialign.transport.options import Method, SolverOptions, default_tolerance
 from multialign.transport.problem import Problem, make_problem, unflatten_problem
-from multialign.transport.reading import log_total
+from multialign.transport.sinkhorn import Iterate, finish, sinkhorn
 from multialign.transport.solution import TransportSolution
 
-__all__ = [
-    "ConvergenceWarning",
-    "Method",
-    "check_solver_options",
-    "default_tolerance",
-    "multi_marginal_sinkhorn",
-]
-
-Method = Literal["sinkhorn", "newton", "auto"]
+__all__ = ["ConvergenceWarning", "multi_marginal_sinkhorn", "solve_problem"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -104,45 +102,50 @@ def multi_marginal_sinkhorn(
         tensor([[0.4037, 0.0963],
                 [0.0963, 0.4037]])
     """
-    check_solver_options(tolerance, max_iterations, method, backend)
-    problem = make_problem(costs, marginals, epsilon)
-    return solve_problem(problem, tolerance, max_iterations, method, backend)
+    options = SolverOptions(
+        tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
+    )
+    return solve_problem(make_problem(costs, marginals, epsilon), options)
 
 
 def solve_problem(
     problem: Problem,
-    tolerance: float | None,
-    max_iterations: int,
-    method: Method,
-    backend: Backend,
+    options: SolverOptions,
     *,
     symmetric: bool = False,
     candidate: Sequence[Tensor] | None = None,
+    form: FormName = "auto",
 ) -> TransportSolution:
     """Solve a problem that has been checked.
 
-    A problem is `symmetric` if all variables have the same symmetric cost with each other. Where
-    they have the same marginal too, it is solved as one of copies of one variable. A `candidate`
-    are potentials `(*batch, K_p)` in cost units, to be taken where the dual is larger there.
+    Args:
+        problem: The problem.
+        options: How to solve it.
+        symmetric: Whether all variables have the same symmetric cost with each other. Where they
+            have the same marginal too, one variable is solved for that stands for all.
+        candidate: Potentials `(*batch, K_p)` in cost units, taken where the dual is larger there.
+        form: The form of the plan.
     """
-    worker = choose_backend(backend, problem.epsilon)
+    backend = choose_backend(options.backend, problem.epsilon)
+    tolerance = options.tolerance
     if tolerance is None:
         tolerance = default_tolerance(problem.dtype)
     with full_precision(problem.epsilon):
         iterate = Iterate(
             *_solve(
                 *problem.detach().flatten(),
-                "sinkhorn" if method == "sinkhorn" else "newton",
-                problem.dtype == torch.float32 and _multiplies_exactly(worker),
+                "sinkhorn" if options.method == "sinkhorn" else "newton",
+                problem.dtype == torch.float32 and _multiplies_exactly(backend),
                 tolerance,
-                max_iterations,
-                worker,
+                options.max_iterations,
+                backend,
                 symmetric,
+                form,
             )
         )
         if candidate is not None:
             iterate = _better(problem.detach(), iterate, candidate)
-        return TransportSolution(problem, iterate, tolerance)
+        return TransportSolution(problem, iterate, tolerance, form)
 
 
 def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> Iterate:
@@ -153,7 +156,7 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
         for f, nu, offset in zip(candidate, problem.marginals, problem.offsets, strict=True)
     ]
     potentials, wanted = torch.cat(scaled, -1), torch.cat(problem.marginals, -1)
-    shift = log_total(problem, potentials) / len(scaled)
+    shift = log_total(problem, potentials, "auto") / len(scaled)
     potentials = potentials - shift.unsqueeze(-1)
     # Both plans sum to 1.
     higher = ((potentials - iterate.potentials) * wanted).sum(-1, keepdim=True) > 0
@@ -166,7 +169,7 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
         "str method, bool single, float tolerance, int max_iterations, "
-        "str backend, bool symmetric) -> (Tensor, Tensor, Tensor)"
+        "str backend, bool symmetric, str form) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -179,28 +182,32 @@ def _solve(
     single: bool,
     tolerance: float,
     max_iterations: int,
-    backend: Worker,
+    backend: Implementation,
     symmetric: bool,
+    form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
 
-    An operator of its own, since how often it iterates depends on the data: torch.compile takes it
-    as it is, and torch.func.vmap as one larger batch.
+    This is one operator, since the number of iterations depends on the data: torch.compile does not
+    look inside, and torch.func.vmap makes one larger batch.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
     if not len(epsilon):
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
-    # Where autograd will never look, operations on small tensors take a tenth less time.
+    # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
-        swept = method == "sinkhorn"
         iterate = None
-        if not swept:
+        if method == "newton" and form == "auto":
             iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
         if iterate is None:
             if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
                 problem = problem.folded()
-            each = (problem, tolerance / problem.copies, max_iterations)
-            iterate = sinkhorn(*each, backend) if swept else newton(*each, single, backend)
+            level = tolerance / problem.copies
+            if method == "newton":
+                iterate = newton(problem, level, max_iterations, single, backend, form)
+            else:
+                plan = make_form(problem, torch.float64, backend, form)
+                iterate = sinkhorn(problem, plan, level, max_iterations)
     # Copies have the potential and the error of one each.
     count = problem.copies
     iterate = Iterate(
@@ -229,8 +236,9 @@ def _(
     single: bool,
     tolerance: float,
     max_iterations: int,
-    backend: Worker,
+    backend: Implementation,
     symmetric: bool,
+    form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.empty_like(torch.cat(marginals, -1))
     return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
@@ -240,7 +248,7 @@ register_batched_vmap(_solve)
 
 
 def _solve_at_once(
-    problem: Problem, tolerance: float, max_iterations: int, single: bool, backend: Worker
+    problem: Problem, tolerance: float, max_iterations: int, single: bool, backend: Implementation
 ) -> Iterate | None:
     """Solve small problems in one kernel; None if there is none, or if it left some unsolved."""
     dtype = torch.float32 if single else torch.float64
@@ -251,28 +259,12 @@ def _solve_at_once(
     )  # fmt: skip
     if found is None:
         return None
-    plan = make_plan(problem, torch.float64)
-    iterate = finish(problem, plan, found[0], problem.epsilon, found[1])
+    form = make_form(problem, torch.float64, "torch")
+    iterate = finish(problem, form, form.at(problem.epsilon), *found)
     unsolved = (iterate.error > tolerance) & (iterate.iterations < max_iterations)
     return None if bool(unsolved.any()) else iterate
 
 
-def _multiplies_exactly(backend: Worker) -> bool:
+def _multiplies_exactly(backend: Implementation) -> bool:
     """Whether products of float32 matrices are products in float32, which torch may be told not."""
     return backend == "triton" or torch.get_float32_matmul_precision() == "highest"
-
-
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Return the tolerance for results of this dtype."""
-    return 1e-6 if dtype == torch.float64 else 1e-4
-
-
-def check_solver_options(
-    tolerance: float | None, max_iterations: int, method: str, backend: str
-) -> None:
-    """Raise unless the options of the solver are valid."""
-    if tolerance is not None:
-        check_positive("tolerance", tolerance)
-    check_count("max_iterations", max_iterations)
-    check_choice("method", method, ("sinkhorn", "newton", "auto"))
-    check_choice("backend", backend, ("auto", "torch", "triton"))

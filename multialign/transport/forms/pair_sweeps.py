@@ -1,4 +1,4 @@
-"""Sweeps that set pairs of potentials in turn, on the table of both."""
+"""Sweeps that set pairs of potentials in turn, on the plan's table of both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PairSweeps:
     """Sweeps over a plan that is multiplied in place."""
 
     def __init__(self, wanted: Sequence[Tensor], absent: Sequence[Tensor]) -> None:
-        """Prepare for marginals `(B, K_p)`, up to a factor, without the atoms that are absent."""
+        """Prepare for marginals `(B, K_p)`, up to a factor; `absent` marks atoms without mass."""
         self._wanted = [nu.unsqueeze(-1) for nu in wanted]
         some = bool(torch.cat(list(absent), -1).any())
         self._absent = [mask.unsqueeze(-1) for mask in absent] if some else None
@@ -30,11 +30,11 @@ class PairSweeps:
 
         Args:
             times: How many sweeps.
-            inner: How often each pair of variables is set in turn.
+            inner: How often each pair of variables is set again in turn.
             joint: Returns the plan's marginal of variables p - 1 and p.
             scale: Multiplies the plan by factors `(B, K, 1)` of p, and of p - 1.
         """
-        # What each sweep multiplies each potential by when it is visited, and before the next is.
+        # Two factors of each variable a sweep: from its own visit, and from the visit to the next.
         ratios = [nu.new_ones(times, 2, *nu.shape) for nu in self._wanted]
         slots = [ratio.flatten(0, 1).unbind(0) for ratio in ratios]
         sums = [torch.empty_like(nu) for nu in self._wanted]

@@ -20,14 +20,14 @@ from multialign.transport.elimination import (
     Scope,
     axes_without,
     beliefs,
-    check_entries,
+    check_table,
     join,
     log_marginal,
 )
-from multialign.transport.plans import make_plan
+from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.problem import Problem, unflatten_problem
 
-__all__ = ["log_total", "read_log_total", "read_marginals", "solve_hessian"]
+__all__ = ["log_total", "read_marginals", "solve_hessian"]
 
 # Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
 # potentials are not determined, and this keeps their gradient finite.
@@ -35,66 +35,67 @@ _DAMPING = 1e-13
 # Conjugate gradients for a gradient stop at this relative residual, or after so many steps.
 _RESIDUAL = 1e-12
 _CONJUGATE_STEPS = 2000
-# A log-weight of nothing, beside finite ones.
+# The log-weight of an atom of mass 0 where an infinite one would make NaN.
 _NOWHERE = -1e30
 # A plan this small is cheaper to build whole than to read by elimination.
 _SMALL_ENTRIES = 2**14
 
 
-def read_log_total(problem: Problem, potentials: Tensor) -> Tensor:
+def log_total(
+    problem: Problem, potentials: Tensor, form: FormName, known: Tensor | None = None
+) -> Tensor:
     """Return the logarithm of the sum of the plan, `(B,)`, at potentials in units of epsilon.
 
-    These are such that it is 0, up to rounding; its gradient is not.
+    If its value is `known`, nothing is computed but its gradient.
     """
     unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
-    if _is_whole(problem):
+    if _is_whole(problem, form):
         return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
-    known = torch.zeros_like(problem.epsilon)
-    total: Tensor = _LogTotal.apply(_flat(list(pairs)), known, *unaries, *pairs.values())
+    edges, factors = _flat(list(pairs)), [*unaries, *pairs.values()]
+    if known is None:
+        (known,) = _marginals([x.detach() for x in factors], edges, [])
+    total: Tensor = _LogTotal.apply(edges, known, *factors)
     return total
 
 
-def log_total(problem: Problem, potentials: Tensor) -> Tensor:
-    """Return the logarithm of the sum of the plan, `(B,)`, at any potentials; without gradient."""
-    unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
-    if _is_whole(problem):
-        return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
-    found: list[Tensor] = _marginals([*unaries, *pairs.values()], _flat(list(pairs)), [])
-    return found[0]
-
-
-def read_marginals(problem: Problem, potentials: Tensor, scopes: Sequence[Scope]) -> list[Tensor]:
+def read_marginals(
+    problem: Problem, potentials: Tensor, scopes: Sequence[Scope], form: FormName
+) -> list[Tensor]:
     """Return marginals of the plan, `(B, *K_scope)` each, of one, two or all variables."""
     unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
     everything = tuple(range(len(unaries)))
-    if _is_whole(problem) or everything in scopes:
+    if _is_whole(problem, form) or everything in scopes:
         plan = _joined(unaries, pairs, problem).exp()
         gone = [axes_without(scope, len(everything)) for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
-    log_total, *tables = _Marginals.apply(
+    log_sum, *tables = _Marginals.apply(
         _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
     )
-    # Not divided by its sum, the plan says by its gradient how the sum changes.
-    total = log_total.exp()
+    # The tables are divided by the plan's sum; the gradient of the sum is part of theirs.
+    total = log_sum.exp()
     return [table * total.reshape(len(total), *[1] * (table.ndim - 1)) for table in tables]
 
 
-def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor) -> Tensor:
+def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
     solution: Tensor = _Solve.apply(
-        scopes, len(costs), right, *rest, potentials, *costs, *marginals
+        form, scopes, len(costs), right, *rest, potentials, *costs, *marginals
     )
     return solution
 
 
-def _is_whole(problem: Problem) -> bool:
-    entries = math.prod(problem.sizes) * problem.epsilon.numel()
-    return entries <= _SMALL_ENTRIES or any(len(scope) > 2 for scope in problem.costs)
+def _is_whole(problem: Problem, form: FormName) -> bool:
+    """Return whether the plan is read as one table over all variables."""
+    if any(len(scope) > 2 for scope in problem.costs):
+        return True
+    if form == "auto":
+        return math.prod(problem.sizes) * problem.epsilon.numel() <= _SMALL_ENTRIES
+    return form in ("vector", "table")
 
 
 def _joined(unaries: Sequence[Tensor], pairs: dict[Scope, Tensor], problem: Problem) -> Tensor:
-    check_entries(math.prod(problem.sizes) * problem.epsilon.numel())
+    check_table(math.prod(problem.sizes) * problem.epsilon.numel())
     return join({**{(p,): x for p, x in enumerate(unaries)}, **pairs}, problem.sizes)
 
 
@@ -146,6 +147,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        form: FormName,
         scopes: list[int],
         count: int,
         right: Tensor,
@@ -157,21 +159,22 @@ class _Solve(torch.autograd.Function):
         costs = [tables[n] for n in range(count)]
         marginals = [tables[n] for n in range(count, len(tables))]
         result: Tensor = _solve_hessian(
-            costs, scopes, marginals, epsilon, deviation, potentials, right
+            costs, scopes, marginals, epsilon, deviation, potentials, right, form
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.scopes, ctx.count = inputs[0], inputs[1]
-        ctx.save_for_backward(*inputs[3:])
+        ctx.form_of_problem = inputs[:3]
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # H is symmetric.
         with torch.no_grad():
-            solution = _Solve.forward(ctx.scopes, ctx.count, grad, *ctx.saved_tensors)
-        return None, None, solution, *[None] * len(ctx.saved_tensors)
+            saved = ctx.saved_tensors
+            solution = _Solve.forward(*ctx.form_of_problem, grad, *saved)
+        return None, None, None, solution, *[None] * len(saved)
 
 
 def _flat(scopes: Sequence[Scope]) -> list[int]:
@@ -202,21 +205,21 @@ def _marginals_backward(
     factors: list[Tensor], edges: list[int], scopes: list[int], grads: list[Tensor]
 ) -> list[Tensor]:
     unaries, pairs = _parts(factors, edges)
-    # The derivative by log-factors of a sum over the plan weighted by Phi, the sum of all grads, is
-    # that of the marginals along Phi. Along an imaginary step this small it is exact: nothing is
-    # subtracted (the complex-step method).
+    # With Phi the sum of all grads, the derivative by log-factors of the plan's sum weighted by Phi
+    # is the derivative of the marginals in the direction Phi. An imaginary step this small gives it
+    # exactly, since nothing is subtracted (the complex-step method).
     largest = torch.stack([grad.abs().max() for grad in grads[1:]]).max()
     step = 1e-30 / torch.where(largest > 0, largest, 1.0)
-    ways: dict[Scope, Tensor] = {(p,): torch.zeros_like(x) for p, x in enumerate(unaries)}
-    ways |= {edge: torch.zeros_like(table) for edge, table in pairs.items()}
+    direction: dict[Scope, Tensor] = {(p,): torch.zeros_like(x) for p, x in enumerate(unaries)}
+    direction |= {edge: torch.zeros_like(table) for edge, table in pairs.items()}
     for scope, grad in zip(_unflat(scopes), grads[1:], strict=True):
-        ways[scope] = ways[scope] + grad if scope in ways else grad
+        direction[scope] = direction[scope] + grad if scope in direction else grad
     # Atoms of mass 0: an infinite real part would make the imaginary part NaN.
-    far = [torch.where(x == -math.inf, _NOWHERE, x) for x in unaries]
-    starts = [torch.complex(x, step * ways[(p,)]) for p, x in enumerate(far)]
-    at = {scope: torch.zeros_like(way) for scope, way in ways.items() if len(scope) == 2}
-    at |= pairs
-    tables = {(s[0], s[-1]): torch.complex(x, step * ways[s]) for s, x in at.items()}
+    finite = [torch.where(x == -math.inf, _NOWHERE, x) for x in unaries]
+    starts = [torch.complex(x, step * direction[(p,)]) for p, x in enumerate(finite)]
+    start = {scope: torch.zeros_like(x) for scope, x in direction.items() if len(scope) == 2}
+    start |= pairs
+    tables = {(s[0], s[-1]): torch.complex(x, step * direction[s]) for s, x in start.items()}
     found = beliefs(starts, tables, "edges")
     results = [found.marginals[p] for p in range(len(unaries))]
     results += [found.tables[edge] for edge in pairs]
@@ -231,7 +234,7 @@ def _marginals_backward(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "Tensor potentials, Tensor right) -> Tensor"
+        "Tensor potentials, Tensor right, str form) -> Tensor"
     ),
 )
 def _solve_hessian(
@@ -242,9 +245,11 @@ def _solve_hessian(
     deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
+    form: FormName,
 ) -> Tensor:
-    plan = make_plan(unflatten_problem(costs, scopes, marginals, epsilon, deviation), torch.float64)
-    hessian = plan.evaluate(potentials, epsilon).hessian
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+    level = make_form(problem, torch.float64, "torch", form).at(epsilon)
+    hessian = level.evaluate(potentials).hessian
     damping, tolerance = torch.full_like(epsilon, _DAMPING), torch.full_like(epsilon, _RESIDUAL)
     return hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
 
@@ -272,6 +277,7 @@ def _(
     deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
+    form: FormName,
 ) -> Tensor:
     return torch.empty_like(right)
 

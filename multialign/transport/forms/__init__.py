@@ -1,0 +1,1 @@
+"""The forms of a plan: one interface, each form fastest for problems of some shape and size."""

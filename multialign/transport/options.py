@@ -1,0 +1,37 @@
+"""The options of the solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from multialign._validation import check_choice, check_count, check_positive
+from multialign.ops import Backend
+
+__all__ = ["Method", "SolverOptions", "default_tolerance"]
+
+Method = Literal["sinkhorn", "newton", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """The options of :func:`multi_marginal_sinkhorn`, checked when made."""
+
+    tolerance: float | None
+    max_iterations: int
+    method: Method
+    backend: Backend
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        check_count("max_iterations", self.max_iterations)
+        check_choice("method", self.method, ("sinkhorn", "newton", "auto"))
+        check_choice("backend", self.backend, ("auto", "torch", "triton"))
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the tolerance for results of this dtype."""
+    return 1e-6 if dtype == torch.float64 else 1e-4
