@@ -174,9 +174,10 @@ def _descend(
         right = gradient
         if any(descent.falls for descent in descents):
             lower = form.at(gradient.new_tensor([d.continuation.epsilon for d in descents]))
-            change = (1 / lower.epsilon - 1 / level.epsilon).unsqueeze(-1)
-            right = gradient + change * level.tangent(potentials, now)
-            level = lower
+            # Potentials in cost units, epsilon x, change little as epsilon falls.
+            ratio = (level.epsilon / lower.epsilon).unsqueeze(-1)
+            right = gradient + (ratio - 1) * level.tangent(potentials, now)
+            potentials, level = ratio * potentials, lower
         if any(renewed):
             bounds = gradient.new_tensor([descent.accuracy(tolerance) for descent in descents])
             damping, slack = bounds.unbind(1)

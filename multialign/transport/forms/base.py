@@ -33,6 +33,8 @@ from multialign.transport.problem import Problem
 
 __all__ = ["Evaluation", "Form", "Level", "distance", "is_dense", "moved_by"]
 
+# Relative to 1 / epsilon. It moves no exponent that carries mass by more than a few hundredths.
+_QUOTIENT_STEP = 1e-3
 # Up to this many atoms, and entries over the batch, the Hessian is a matrix that is factored.
 _DENSE_ATOMS = 512
 _DENSE_ENTRIES = 2**24
@@ -104,14 +106,13 @@ class Level(ABC):
         """
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
-        """Return -dm / d(1 / epsilon) at constant potentials, `(B, S)`, as a difference quotient.
+        """Return -dm / d log(1 / epsilon) at constant epsilon x, `(B, S)`, as a difference quotient.
 
-        It is exact enough for a direction, and costs one evaluation of the marginals. The step
-        moves no exponent that carries mass by more than about 1e-3.
+        It is exact enough for a direction, and costs one evaluation of the marginals.
         """
-        step = 1e-3 * (self.epsilon / self.form.problem.deviation).clamp_max(1.0)
-        _, moved = self.form.at(self.epsilon / (1 + step)).marginals(potentials)
-        return (now.marginals - moved) * (self.epsilon / step).unsqueeze(-1)
+        level = self.form.at(self.epsilon / (1 + _QUOTIENT_STEP))
+        _, moved = level.marginals(potentials * (1 + _QUOTIENT_STEP))
+        return (now.marginals - moved) / _QUOTIENT_STEP
 
 
 def moved_by(potentials: Tensor, changes: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:

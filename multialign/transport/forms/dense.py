@@ -110,9 +110,8 @@ class _VectorLevel(_DenseLevel):
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
         assert now.plan is not None
-        cost = self.form.cost
-        excess = cost - (now.plan * cost).sum(-1, keepdim=True)
-        return (now.plan * excess) @ self.form.incidence
+        part = torch.xlogy(now.plan, now.plan)
+        return (now.plan * part.sum(-1, keepdim=True) - part) @ self.form.incidence
 
     def marginals(self, potentials: Tensor) -> tuple[Tensor, Tensor]:
         log_total, plan = self.divided(potentials)
@@ -160,9 +159,9 @@ class _TableLevel(_DenseLevel):
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
         assert now.plan is not None
-        part = now.plan * self.form.cost
+        part = torch.xlogy(now.plan, now.plan)
         moved = torch.cat(list(_singles(self._pair_sums(part)).values()), -1)
-        return moved - part.flatten(1).sum(-1, keepdim=True) * now.marginals
+        return part.flatten(1).sum(-1, keepdim=True) * now.marginals - moved
 
     def marginals(self, potentials: Tensor) -> tuple[Tensor, Tensor]:
         now = self.evaluate(potentials)
