@@ -23,17 +23,21 @@ from multialign.transport.sinkhorn import Iterate, finish, make_iterate
 
 __all__ = ["newton"]
 
-# Newton begins where first sweeps lead, at these values of epsilon in standard deviations of the
-# cost: while each sweep halves the error, it does as much as a step at a fraction of its price.
+# Newton begins where first sweeps lead, at these values of epsilon in units of the cost: while each
+# sweep halves the error, it does as much as a step at a fraction of its price. The unit is the
+# standard deviation, or this part of the largest entry: atoms of little mass may be far away.
 _FIRST_LEVELS = (0.25, 0.05)
+_LARGEST_COST = 25.0
 # Each sweep sets pairs of potentials this many further times.
 _INNER = 4
 # From there, a level is left for an epsilon this much smaller at an L1 error of at most (target
-# epsilon / deviation of the cost)^1.5, within bounds: a plan falls apart as epsilon falls, and mass
-# that is in the wrong part by then takes a detour of many steps.
+# epsilon / deviation of the cost)^1.5, within bounds, and a relative error of at most this at any
+# atom: a plan falls apart as epsilon falls, and mass that is in the wrong part by then takes a
+# detour of many steps.
 _LEVEL_FACTOR = 4.0
 _LEVEL_POWER = 1.5
 _LEVEL_ERRORS = (1e-8, 0.1)
+_LEVEL_RELATIVE_ERROR = 0.5
 # Added to the scaled Hessian: the error, within bounds.
 _DAMPING = (1e-13, 1e-2)
 # The part of the right side that conjugate gradients may leave: the error, and at most this.
@@ -41,8 +45,11 @@ _SLACKEST = 0.1
 _OVERSOLVED = 0.3
 # More of their steps than this are worth less than another Newton step.
 _CONJUGATE_STEPS = 100
-# A step moves no potential by more than this, in units of epsilon.
+# The first step moves no potential by more than this, in units of epsilon. After a step that this
+# bound has shortened and that raised the dual, the bound is larger by a factor: where parts of the
+# plan exchange no mass their potentials are almost free, and may have to move far.
 _LONGEST_STEP = 10.0
+_LONGER_STEP = 4.0
 _ARMIJO = 1e-4
 _SHORTEST_STEP = 2.0**-10
 # At the last level, this many steps in a row without a smaller error or a higher dual are the end:
@@ -66,21 +73,25 @@ def newton(
     `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
     is then measured, and if that is needed improved, in float64.
     """
-    numbers = torch.stack([problem.epsilon, problem.deviation], 1).tolist()
+    targets, deviations = torch.stack([problem.epsilon, problem.deviation]).tolist()
+    numbers = list(zip(targets, deviations, strict=True))
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[1] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance
     form = make_form(problem, torch.float32 if single else torch.float64, backend, name)
-    potentials, level = _first_sweeps(form, numbers, tolerance)
+    largest = torch.stack([cost.abs().flatten(1).amax(1) for cost in problem.costs.values()])
+    largest = largest.amax(0)
+    scales = torch.maximum(problem.deviation, largest / _LARGEST_COST).tolist()
+    potentials, level = _first_sweeps(form, list(zip(targets, scales, strict=True)), tolerance)
     descents = [
         _Descent(Continuation(target, deviation, epsilon), max_iterations)
         for (target, deviation), epsilon in zip(numbers, level.epsilon.tolist(), strict=True)
     ]
     if form.dtype == torch.float32:
-        potentials, level, _ = _descend(form, level, potentials, descents, tolerance / 2)
+        potentials, level, _ = _descend(form, level, potentials, descents, largest, tolerance / 2)
         form = make_form(problem, torch.float64, backend, name)
         level = form.at(level.epsilon)
-    potentials, level, now = _descend(form, level, potentials, descents, tolerance)
+    potentials, level, now = _descend(form, level, potentials, descents, largest, tolerance)
     iterations = torch.tensor([descent.steps for descent in descents], device=potentials.device)
     if all(descent.continuation.arrived and not descent.search.failed for descent in descents):
         return make_iterate(problem, potentials, now.log_total, now.marginals, iterations)
@@ -93,7 +104,10 @@ def newton(
 def _first_sweeps(
     form: Form, numbers: Sequence[tuple[float, float]], tolerance: float
 ) -> tuple[Tensor, Level]:
-    """Sweep at falling epsilon as long as it pays; return the potentials and the last level."""
+    """Sweep at falling epsilon as long as it pays; return the potentials and the last level.
+
+    `numbers` are the target of epsilon and the scale of the cost, for each problem.
+    """
     wanted = form.scaling.wanted
     # The product of the marginals, which is the plan at epsilon = infinity.
     potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
@@ -119,8 +133,8 @@ def _first_sweeps(
 class _FirstSweeps:
     """How one problem goes through the first levels, two sweeps at a time."""
 
-    def __init__(self, target: float, deviation: float, pairs: int) -> None:
-        levels = [max(target, level * deviation) for level in _FIRST_LEVELS]
+    def __init__(self, target: float, scale: float, pairs: int) -> None:
+        levels = [max(target, level * scale) for level in _FIRST_LEVELS]
         self.epsilon, self.going = levels[0], True
         self._lower = [level for level in levels if level < levels[0]]
         self._pairs = pairs
@@ -146,14 +160,18 @@ def _descend(
     level: Level,
     potentials: Tensor,
     descents: Sequence[_Descent],
+    largest: Tensor,
     tolerance: float,
 ) -> tuple[Tensor, Level, Evaluation]:
     """Take steps until each problem stops; return where: potentials, level and the plan there.
+
+    `largest` `(B,)` is the largest entry of the cost: potentials in cost units differ by no more.
 
     In a step each problem either takes a new direction from where it is, tries a shorter step in
     the one it has, or gives that up for a sweep.
     """
     start = direction = potentials
+    inverse = form.scaling.wanted.reciprocal().masked_fill(form.scaling.absent, 0.0)
     for descent in descents:
         descent.begin(form.dtype)
     while True:
@@ -161,18 +179,20 @@ def _descend(
         gradient = form.scaling.wanted - now.marginals
         error = torch.linalg.vector_norm(gradient, 1, -1)
         dual = torch.linalg.vecdot(potentials, form.scaling.wanted) - now.log_total
-        for descent, (its_error, its_dual) in zip(
-            descents, torch.stack([error, dual], 1).tolist(), strict=True
+        relative = (gradient.abs() * inverse).amax(-1)
+        for descent, (its_error, its_dual, worst) in zip(
+            descents, torch.stack([error, dual, relative], 1).tolist(), strict=True
         ):
-            descent.decide(its_error, its_dual, tolerance)
+            descent.decide(its_error, its_dual, worst, tolerance)
         if all(descent.done for descent in descents):
             # A problem that stops at a step that raised the dual too little goes back.
             failed = [descent.search.failed for descent in descents]
             return _choose(failed, start, potentials), level, now
 
         renewed = [descent.renews for descent in descents]
+        falls = [descent.falls for descent in descents]
         right = gradient
-        if any(descent.falls for descent in descents):
+        if any(falls):
             lower = form.at(gradient.new_tensor([d.continuation.epsilon for d in descents]))
             # Potentials in cost units, epsilon x, change little as epsilon falls.
             ratio = (level.epsilon / lower.epsilon).unsqueeze(-1)
@@ -190,6 +210,10 @@ def _descend(
             ):
                 descent.aim(*row)
             start = _choose(renewed, potentials, start)
+            if any(falls):
+                # Along what the plan hardly determines, the equation may have any solution.
+                bound = (largest / level.epsilon).unsqueeze(-1)
+                fresh = _choose(falls, torch.maximum(torch.minimum(fresh, bound), -bound), fresh)
             direction = _choose(renewed, fresh, direction)
         ahead = _ahead(start, direction, [descent.search.length for descent in descents])
         sweeping = [descent.sweeps for descent in descents]
@@ -233,9 +257,9 @@ class Continuation:
         """Whether epsilon is at its target."""
         return self.epsilon <= self._target
 
-    def fall(self, error: float) -> bool:
-        """Lower epsilon, if there is anywhere to fall and the error is small enough."""
-        if self.arrived or error > self._level_error:
+    def fall(self, error: float, worst: float) -> bool:
+        """Lower epsilon, if it may fall and the errors, L1 and relative, are small enough."""
+        if self.arrived or error > self._level_error or worst > _LEVEL_RELATIVE_ERROR:
             return False
         self.epsilon = max(self._target, self.epsilon / _LEVEL_FACTOR)
         return True
@@ -254,21 +278,28 @@ class LineSearch:
     def reset(self, length: float = 1.0) -> None:
         """Take the next step as it is."""
         self._dual, self._slope, self.length = -math.inf, 0.0, length
+        self._longest = _LONGEST_STEP
+        self._clipped = False
 
     def begin(self, dual: float, slope: float, longest: float) -> None:
         """Begin where the dual has this value, in a direction of this slope and largest entry."""
         self._dual, self._slope = dual, slope
-        self.length = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 1.0
+        self._clipped = longest > self._longest
+        self.length = self._longest / longest if self._clipped else 1.0
+        self._shortest = self.length * _SHORTEST_STEP
 
     def look(self, dual: float) -> None:
         """See whether the step raised the dual enough."""
         least = self._dual + _ARMIJO * self.length * self._slope
         self.failed = dual < least - self._rounding * (1 + abs(dual))
+        if self._clipped:
+            factor = 0.5 if self.failed else _LONGER_STEP
+            self._longest = max(self._longest * factor, _LONGEST_STEP)
 
     def halve(self) -> bool:
         """Halve the step; return whether it is still worth trying."""
         self.length /= 2
-        return self.length >= _SHORTEST_STEP
+        return self.length >= self._shortest
 
 
 class Stopping:
@@ -306,8 +337,8 @@ class _Descent:
         self._error, self._dual = math.inf, -math.inf
         self.done = self.falls = self.renews = self.sweeps = False
 
-    def decide(self, error: float, dual: float, tolerance: float) -> None:
-        """Decide what to do at a point with this error and dual."""
+    def decide(self, error: float, dual: float, worst: float, tolerance: float) -> None:
+        """Decide what to do at a point with this L1 error, dual and largest relative error."""
         if self.done:
             return
         self._error, self._dual = error, dual
@@ -326,7 +357,7 @@ class _Descent:
             if not self.search.halve():
                 self._sweep_instead()
             return
-        self.falls = self.sweeps = self.continuation.fall(error)
+        self.falls = self.sweeps = self.continuation.fall(error, worst)
         self.renews = True
 
     def accuracy(self, tolerance: float) -> tuple[float, float]:

@@ -106,9 +106,10 @@ class Level(ABC):
         """
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
-        """Return -dm / d log(1 / epsilon) at constant epsilon x, `(B, S)`, as a difference quotient.
+        """Return -dm / d log(1 / epsilon) at constant epsilon x, `(B, S)`.
 
-        It is exact enough for a direction, and costs one evaluation of the marginals.
+        A difference quotient is exact enough for a direction, and costs one evaluation of the
+        marginals.
         """
         level = self.form.at(self.epsilon / (1 + _QUOTIENT_STEP))
         _, moved = level.marginals(potentials * (1 + _QUOTIENT_STEP))
