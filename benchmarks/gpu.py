@@ -383,7 +383,7 @@ def ott_errors(output: Any) -> dict[str, Any]:
 
 
 def small_solves(table: Table, device: str, cases: Iterable[tuple[int, int, float]]) -> None:
-    """Three marginals of K atoms, B problems at once."""
+    """Measure B problems at once, of three marginals of K atoms."""
     for size, batch, relative in cases:
         points = clouds([size] * 3, 16, device, batch)
         costs = pair_costs(points)
@@ -423,7 +423,7 @@ def small_solves(table: Table, device: str, cases: Iterable[tuple[int, int, floa
 
 
 def large_solves(table: Table, device: str, sizes: Iterable[int], ott_to: int) -> None:
-    """Three marginals of many atoms."""
+    """Measure one problem of three marginals of many atoms."""
     for size in sizes:
         points = clouds([size] * 3, 16, device)
         costs = pair_costs(points)
@@ -454,7 +454,7 @@ def large_solves(table: Table, device: str, sizes: Iterable[int], ott_to: int) -
 
 
 def two_marginals(table: Table, device: str, size: int) -> None:
-    """Two clouds, forward, against libraries for two marginals.
+    """Measure two clouds, forward, against libraries for two marginals.
 
     Their cost is |x-y|^2 / 2. They stop at the end of a schedule of epsilon, whatever the error;
     it is longer as `scaling` nears 1.
@@ -476,12 +476,12 @@ def two_marginals(table: Table, device: str, size: int) -> None:
         plan = ((f[:, None] + g - cost.double() / 2) / blur**2).exp() / size**2
         return {"error": sum(float((plan.sum(p) - 1 / size).abs().sum()) for p in (0, 1))}
 
-    peers = {
+    libraries = {
         "geomloss": ("geomloss", {"backend": "tensorized"}),
         # The cost of geomloss, in float32.
         "flash-sinkhorn": ("flash_sinkhorn", {"half_cost": True, "allow_tf32": False}),
     }
-    for name, (module, options) in peers.items():
+    for name, (module, options) in libraries.items():
         for scaling in (0.5, 0.9, 0.99):
 
             def make(
@@ -510,7 +510,7 @@ def without_kernels(function: Callable[[], Any]) -> Any:
 
 
 def mmd(table: Table, device: str, sizes: Iterable[int], product: float | None) -> None:
-    """Forward and backward."""
+    """Measure `mmd_loss`, forward and backward."""
     for size in sizes:
         x = [p[0].requires_grad_() for p in clouds([size] * 2, 64, device)]
 

@@ -12,8 +12,8 @@ from multialign.ops.spectral import SquareRoot, nuclear_norms, square_root, take
 
 __all__ = ["bures_wasserstein_cost", "pairwise_bures_cost", "squared_euclidean_cost"]
 
-# Up to this many differences x_nd - y_md are formed one by one, which is exact. Beyond, the square is
-# expanded into a matrix product, which is faster and needs no (N, M, D) intermediate.
+# Up to this many differences x_nd - y_md are formed one by one, which is exact. Beyond it the
+# square is expanded into a matrix product, which is faster and needs no (N, M, D) intermediate.
 _DIRECT_ENTRIES = 2**17
 
 

@@ -232,7 +232,7 @@ def test_arguments_that_do_not_fit_raise():
         _triton.solve_small([], [], [torch.ones(1, 33)] * 2, torch.ones(1), 1e-3, 10)
 
 
-def test_nothing_to_do():
+def test_empty_batches():
     assert _triton.log_matmul(torch.ones(0, 3, 4), torch.ones(0, 4, 2)).shape == (0, 3, 2)
     assert _triton.log_matvec(torch.ones(0, 3, 4), torch.ones(0, 4)).shape == (0, 3)
 
@@ -355,7 +355,7 @@ def test_solve_small_finds_the_plan(name, dtype):
     torch.testing.assert_close(plan, exact.plan(), rtol=0, atol=10 * limit)
 
 
-def test_solve_small_of_many_problems_with_their_own_ends(request):
+def test_solve_small_stops_each_problem_by_itself(request):
     on_gpu = request.config.getoption("--device") != "cpu"
     costs, marginals, epsilon = problem((3, 3, 2), batch=5000 if on_gpu else 3)
     epsilon = epsilon * torch.linspace(0.5, 20.0, len(epsilon)).to(epsilon)
@@ -433,7 +433,7 @@ def test_non_finite_problems_end_at_once(value):
     assert (iterations[1:] <= 1).all()
 
 
-def test_it_always_ends():
+def test_solve_small_always_stops():
     costs, marginals, epsilon = problem((3, 3), relative=1e-3)
     for limit in (1, 4):
         _, iterations, error = check_solution(costs, marginals, epsilon, 1e-4, limit)
@@ -521,7 +521,7 @@ def test_solutions_by_kernels(name, method, dtype, tolerance, calls):
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, {"log_matvec"}), (3, PRODUCTS), (4, PRODUCTS)])
-def test_variables_that_are_all_alike_by_kernels(count, expected, calls):
+def test_symmetric_problems_by_kernels(count, expected, calls):
     x = torch.randn(4, 2, dtype=torch.float64)
     cost, nu = torch.cdist(x, x).square().unsqueeze(0), torch.rand(1, 4, dtype=torch.float64)
     checked = make_problem(dict.fromkeys(combinations(range(count), 2), cost), [nu] * count, 1.0)

@@ -28,7 +28,7 @@ def gaussian_form(
     k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`.
 
     Each block of the kernel matrix is computed once, for the value and the gradients together:
-    memory is O((N + M) D). If `y` is `x` and `q` is `p`, only one gradient of two is computed. There
+    memory is O((N + M) D). If `y` is `x` and `q` is `p`, one gradient is computed, not two. There
     are first derivatives only, and none by `precisions`, which are 1 / (2 sigma^2).
 
     Args:

@@ -20,8 +20,8 @@ __all__ = [
     "matrix_precision",
 ]
 
-# How many programs keep a card busy: an A100 has 108 multiprocessors, an H100 or H200 132. One number
-# for all cards, so that results do not depend on the card.
+# How many programs keep a card busy: an A100 has 108 multiprocessors, an H100 or H200 132. It is
+# one number for all cards, so that results do not depend on the card.
 MULTIPROCESSORS = 108
 
 _WORKING_DTYPE = {
