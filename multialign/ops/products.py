@@ -103,7 +103,7 @@ class LogProduct:
         self,
         a: Tensor,
         b: Tensor,
-        weight: Tensor | None = None,
+        weight: Tensor | None,
         *,
         sums: Sequence[Literal[-1, -2]] = (-1, -2),
     ) -> None:

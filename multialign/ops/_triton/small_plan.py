@@ -114,7 +114,7 @@ def _log_plan(
         cost = held
     else:
         cost = cost_tile(i, j, tables, sizes, PAIRS, LOOP, BLOCKS, DTYPE)
-    # Where a mass is zero, whatever the cost is there, even NaN.
+    # -inf where a mass is zero, even if the cost there is NaN.
     return tl.where(total == float("-inf"), float("-inf"), total - cost * inverse)
 
 
@@ -299,7 +299,7 @@ def cost_moments(
 ):
     """Return mean and deviation of the cost under independent marginals.
 
-    The mean is not finite where a cost is not; the deviation is then 0.
+    The mean is not finite if a cost is not. A deviation that is not finite is returned as 0.
     """
     mean = tl.max(nu[3], 0) * 0.0
     square = mean
