@@ -1,11 +1,11 @@
-"""The CUDA kernels against eager torch, torch.compile and the peers, on the card in hand.
+"""The CUDA kernels against eager torch, torch.compile and other libraries, on this GPU.
 
 ``python -m benchmarks.gpu FOLDER`` writes FOLDER/gpu.csv in less than 8 minutes, each row as soon
 as it is measured. It needs torch and triton; OTT-JAX, geomloss and flash-sinkhorn are measured
-where they can be imported. ``--tiny`` runs every line on problems that mean nothing, on a CPU too
-with TRITON_INTERPRET=1.
+where they can be imported. ``--tiny`` runs every line on tiny problems, on a CPU too with
+TRITON_INTERPRET=1.
 
-A time is that of a call with a synchronisation before and after it, its launches included.
+A time is that of one call, launches included, with a synchronisation before and after it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCE = 1e-3
 
 
 class Table:
-    """The rows of one run. The first provider of a case and size is the measure of the others."""
+    """The rows of one run. Ratios are to the first provider of the same case and size."""
 
     def __init__(self, folder: Path, device: str, minutes: float) -> None:
         self.cuda = device == "cuda"
@@ -91,11 +91,11 @@ class Table:
         return 1e3 * (time.perf_counter() - start)
 
     def row(self, case: str, size: str, provider: str, **values: Any) -> None:
-        """Write and print one row; a ratio is how many times longer than ours."""
+        """Write and print one row, with the ratio of its time to that of the first provider."""
         milliseconds = values.get("milliseconds")
         if milliseconds is not None:
-            ours = self.first.setdefault((case, size), milliseconds)
-            values["ratio"] = milliseconds / ours
+            first = self.first.setdefault((case, size), milliseconds)
+            values["ratio"] = milliseconds / first
         if "limit" in values and "rate" in values:
             values["fraction"] = values["rate"] / values["limit"]
         values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
@@ -120,7 +120,7 @@ class Table:
     ) -> float | None:
         """Time a function and write its row; return its rate, `amount` a second.
 
-        What cannot run has a row too, that says why.
+        A function that cannot run gets a row that says why.
         """
         if time.perf_counter() > self.end:
             self.row(case, size, provider, note="skipped: out of time")
@@ -131,7 +131,7 @@ class Table:
                 start = time.perf_counter()
                 result = function()
                 self.synchronize()
-                # What takes long, compilation included, is run once more and not again.
+                # A first call this long, compilation included, is timed only once more.
                 long = time.perf_counter() - start > 20
                 peak = math.nan
                 if self.cuda:
@@ -164,14 +164,14 @@ class Table:
 
 
 def version(name: str) -> str:
-    """Return a package's name and version, or say that it is not there."""
+    """Return a package's name and version, or its name alone if it is not installed."""
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
         return name
 
 
-# -- What a card can do ---------------------------------------------------------------------------
+# -- Limits of the GPU ----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -224,16 +224,16 @@ def limits(table: Table, device: str, size: int) -> tuple[float | None, float | 
 
 
 def factored(a: Tensor, b: Tensor) -> Tensor:
-    """Return log_matmul by one product of exponentials: what eager torch can do quickly.
+    """Return log_matmul by one product of exponentials, the fast formula of eager torch.
 
-    Wrong where a row and a column have their maxima far apart.
+    It is wrong where a row and a column have their maxima far apart.
     """
     alpha, beta = a.amax(-1, keepdim=True), b.amax(-2, keepdim=True)
     return ((a - alpha).exp() @ (b - beta).exp()).log() + alpha + beta
 
 
 def streamed(a: Tensor, b: Tensor) -> Tensor:
-    """Return log_matmul by a log-sum-exp, some rows at a time: right over any range."""
+    """Return log_matmul by a log-sum-exp, some rows at a time; it is right over any range."""
     step = max(1, 2**26 // b[0].numel())
     rows = [
         torch.logsumexp(a[:, i : i + step, :, None] + b[:, None], 2)
@@ -260,7 +260,7 @@ def pair_costs(points: list[Tensor]) -> dict[tuple[int, int], Tensor]:
 
 
 def default_epsilon(costs: dict[tuple[int, int], Tensor], relative: float = 0.05) -> float:
-    """Return a part of the deviation of the sum of the costs, of the first problem."""
+    """Return `relative` deviations of the sum of the costs, in the first problem."""
     variance = sum(cost[0].var(correction=0) for cost in costs.values())
     return relative * float(variance) ** 0.5
 
@@ -268,7 +268,7 @@ def default_epsilon(costs: dict[tuple[int, int], Tensor], relative: float = 0.05
 def primitives(
     table: Table, device: str, sizes: Iterable[int], product: float | None, copy: float | None
 ) -> None:
-    """log_matmul and what is fused with it, on tables as a solver has them."""
+    """Measure log_matmul, its fused reduction and log_matvec, on tables as a solver has them."""
     for size in sizes:
         points = clouds([size] * 3, 16, device)
         costs = pair_costs(points)
@@ -291,17 +291,12 @@ def primitives(
         describe = partial(describe, exact=exact)
         run = partial(table.measure, "three-marginal update; error in log units", label)
         run("multialign", partial(_triton.log_matmul_reduce, a, b, w), describe=describe, **work)
-        g, scale = torch.zeros_like(a[:, 0]), torch.full((1,), epsilon, device=device)
-        run(
-            "multialign, from points",
-            partial(_triton.log_matmul_reduce_points, *points, g, g, scale),
-            describe=describe,
-        )
         run(
             "torch, factored",
             lambda a=a, b=b, w=w: torch.logsumexp(w + factored(a, b), 2),
             describe=describe,
         )
+        g = torch.zeros_like(a[:, 0])
         run = partial(table.measure, "log_matvec", label)
         run(
             "multialign", partial(_triton.log_matvec, a, g), amount=4 * size**2, unit="bytes",
@@ -328,7 +323,7 @@ def eager_sinkhorn(
     epsilon: float,
     sweep: Callable[..., list[Tensor]] = sinkhorn_sweep,
 ) -> tuple[Tensor, int]:
-    """Solve as one would write it: dense, in the log domain, the error read every ten sweeps."""
+    """Solve by plain eager code: dense, in the log domain, with the error every ten sweeps."""
     kernel = -costs[0, 1][..., None] - costs[1, 2][:, None] - costs[0, 2][:, :, None]
     kernel = kernel / epsilon
     logs = [m.log() for m in marginals]
@@ -367,7 +362,7 @@ def ott_solver(points: list[Tensor], epsilon: float) -> Callable[[], Any]:
 
 
 def lazily(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """Prepare a function in its first call, where what fails becomes a row."""
+    """Make a function in its first call, so that a failure becomes a row of the table."""
     made: list[Callable[[], Any]] = []
 
     def call() -> Any:
@@ -383,12 +378,12 @@ def ott_errors(output: Any) -> dict[str, Any]:
     errors = [error for error in output.errors.ravel().tolist() if error > -1]
     return {
         "error": errors[-1] if errors else math.nan,
-        "iterations": 10 * len(errors),  # it reads the error so often
+        "iterations": 10 * len(errors),  # it records the error every ten iterations
     }
 
 
 def small_solves(table: Table, device: str, cases: Iterable[tuple[int, int, float]]) -> None:
-    """Three marginals of K atoms, B problems at once."""
+    """Measure B problems at once, of three marginals of K atoms."""
     for size, batch, relative in cases:
         points = clouds([size] * 3, 16, device, batch)
         costs = pair_costs(points)
@@ -428,7 +423,7 @@ def small_solves(table: Table, device: str, cases: Iterable[tuple[int, int, floa
 
 
 def large_solves(table: Table, device: str, sizes: Iterable[int], ott_to: int) -> None:
-    """Three marginals of many atoms."""
+    """Measure one problem of three marginals of many atoms."""
     for size in sizes:
         points = clouds([size] * 3, 16, device)
         costs = pair_costs(points)
@@ -459,10 +454,10 @@ def large_solves(table: Table, device: str, sizes: Iterable[int], ott_to: int) -
 
 
 def two_marginals(table: Table, device: str, size: int) -> None:
-    """Two clouds, forward, against the peers made for two.
+    """Measure two clouds, forward, against libraries for two marginals.
 
-    Their epsilon counts |x-y|^2 / 2. They follow a schedule, longer as `scaling` nears 1, and end
-    with it, whatever the error.
+    Their cost is |x-y|^2 / 2. They stop at the end of a schedule of epsilon, whatever the error;
+    it is longer as `scaling` nears 1.
     """
     x, y = (p[0] for p in clouds([size] * 2, 16, device))
     epsilon = default_epsilon(pair_costs([x[None], y[None]]))
@@ -481,12 +476,12 @@ def two_marginals(table: Table, device: str, size: int) -> None:
         plan = ((f[:, None] + g - cost.double() / 2) / blur**2).exp() / size**2
         return {"error": sum(float((plan.sum(p) - 1 / size).abs().sum()) for p in (0, 1))}
 
-    peers = {
+    libraries = {
         "geomloss": ("geomloss", {"backend": "tensorized"}),
         # The cost of geomloss, in float32.
         "flash-sinkhorn": ("flash_sinkhorn", {"half_cost": True, "allow_tf32": False}),
     }
-    for name, (module, options) in peers.items():
+    for name, (module, options) in libraries.items():
         for scaling in (0.5, 0.9, 0.99):
 
             def make(
@@ -505,7 +500,7 @@ def two_marginals(table: Table, device: str, size: int) -> None:
 
 
 def without_kernels(function: Callable[[], Any]) -> Any:
-    """Call a function whose Gaussian forms take the torch path, as where triton is missing."""
+    """Call a function with the Gaussian forms in torch, as if triton were missing."""
     chosen = gaussian.choose_backend
     gaussian.choose_backend = lambda backend, tensor: "torch"
     try:
@@ -515,7 +510,7 @@ def without_kernels(function: Callable[[], Any]) -> Any:
 
 
 def mmd(table: Table, device: str, sizes: Iterable[int], product: float | None) -> None:
-    """Forward and backward."""
+    """Measure `mmd_loss`, forward and backward."""
     for size in sizes:
         x = [p[0].requires_grad_() for p in clouds([size] * 2, 64, device)]
 
@@ -526,7 +521,7 @@ def mmd(table: Table, device: str, sizes: Iterable[int], product: float | None) 
 
         ours = partial(step, partial(mmd_loss, bandwidth=8.0))
         run = partial(table.measure, "mmd, forward and backward", f"N = {size}, D = 64")
-        # Four sides (x with x, y with y, x with y, y with x), each a product for the distances and
+        # Four passes (x with x, y with y, x with y, y with x), each a product for the distances and
         # one for the gradient.
         run("multialign", ours, amount=4 * 2 * 2 * size**2 * 64, unit="flop", limit=product)
         run("multialign torch", partial(without_kernels, ours))

@@ -1,4 +1,4 @@
-"""Compile what the launchers launch, for a GPU that need not be there, and print what it takes.
+"""Compile the kernels for a GPU that this machine need not have, and print what they take of it.
 
 ``python -m tests.cross_compile 90`` prints one JSON object a kernel.
 """
@@ -23,7 +23,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Driver:
-    """Of a GPU that one can compile for and not run on."""
+    """Names a GPU to compile for."""
 
     def __init__(self, capability):
         self.capability = capability
@@ -39,7 +39,7 @@ class Driver:
 
 
 def usage(kernel):
-    """Return what ptxas took: registers and bytes of stack (to which it spills) of a thread."""
+    """Return the registers of a thread, and the bytes of stack to which it spills others."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -58,26 +58,15 @@ def matmul(dtype, size):
     _triton.log_matmul(zeros(size, size, dtype=dtype), zeros(size, size, dtype=dtype))
 
 
-def matmul_gradient(dtype, size):
-    a, b = (zeros(size, size, dtype=dtype).requires_grad_() for _ in range(2))
-    _triton.log_matmul(a, b).sum().backward()
-
-
-def reduce(dtype, size, turned=False):
-    """Turned: transposed tables, as a sweep has them."""
+def reduce(dtype, size, transposed=False):
+    """Call the kernel, on transposed tables too, as a sweep does."""
     tables = [zeros(size, size, dtype=dtype) for _ in range(3)]
-    _triton.log_matmul_reduce(*[table.mT if turned else table for table in tables])
+    _triton.log_matmul_reduce(*[table.mT if transposed else table for table in tables])
 
 
-def reduce_points(dtype, size):
-    points = [zeros(size, 3, dtype=dtype) for _ in range(3)]
-    vectors = [zeros(size, dtype=dtype) for _ in range(2)]
-    _triton.log_matmul_reduce_points(*points, *vectors, torch.ones(1, dtype=dtype))
-
-
-def matvec(dtype, size, turned=False):
+def matvec(dtype, size, transposed=False):
     table = zeros(size, size, dtype=dtype)
-    _triton.log_matvec(table.mT if turned else table, zeros(size, dtype=dtype))
+    _triton.log_matvec(table.mT if transposed else table, zeros(size, dtype=dtype))
 
 
 def matvec_points(dtype, size):
@@ -106,17 +95,13 @@ CASES = {
     "matmul 4096 bfloat16": (matmul, HALF, 4096),
     "matmul 7 float64": (matmul, DOUBLE, 7),
     "matmul 1024 float64": (matmul, DOUBLE, 1024),
-    "matmul gradient 512": (matmul_gradient, SINGLE, 512),
-    "matmul gradient 512 float64": (matmul_gradient, DOUBLE, 512),
     "reduce 4096": (reduce, SINGLE, 4096),
-    "reduce 4096 turned": (reduce, SINGLE, 4096, True),
+    "reduce 4096 transposed": (reduce, SINGLE, 4096, True),
     "reduce 1024 float64": (reduce, DOUBLE, 1024),
-    "reduce points 4096": (reduce_points, SINGLE, 4096),
-    "reduce points 1024 float64": (reduce_points, DOUBLE, 1024),
     "matvec 4096": (matvec, SINGLE, 4096),
     "matvec 4096 float64": (matvec, DOUBLE, 4096),
-    "matvec 4096 turned": (matvec, SINGLE, 4096, True),
-    "matvec 4096 turned float64": (matvec, DOUBLE, 4096, True),
+    "matvec 4096 transposed": (matvec, SINGLE, 4096, True),
+    "matvec 4096 transposed float64": (matvec, DOUBLE, 4096, True),
     "matvec points 4096": (matvec_points, SINGLE, 4096),
     "matvec points 4096 float64": (matvec_points, DOUBLE, 4096),
     "gaussian 300, D = 5": (gaussian, SINGLE, 300, 5),

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from multialign import bures_wasserstein_cost, squared_euclidean_cost
 from multialign.costs import _DIRECT_ENTRIES, pairwise_bures_cost
-from multialign.ops import polar
+from multialign.ops import spectral
 from tests import reference
 
 
@@ -47,7 +47,7 @@ def test_squared_euclidean_properties(expanded, monkeypatch):
     assert coincident.grad.isfinite().all()
 
 
-def test_both_forms_are_reached():
+def test_both_formulas_are_reached():
     assert 40 * 39 * 65 < _DIRECT_ENTRIES < 300 * 310 * 17
 
 
@@ -94,7 +94,7 @@ def test_bures_gradients(full):
     inputs = (means[0], factors[0], means[1], factors[1])
     assert gradcheck(cost, inputs)
     assert gradgradcheck(cost, inputs)
-    # Where a graph of it is wanted, the gradient comes by another way.
+    # With create_graph the gradient is computed by another formula.
     first = torch.autograd.grad(cost(*inputs).square().sum(), inputs)
     with_graph = torch.autograd.grad(cost(*inputs).square().sum(), inputs, create_graph=True)
     torch.testing.assert_close(with_graph, first)
@@ -116,7 +116,7 @@ EYE = torch.eye(3, dtype=torch.float64)
     ],
 )
 def test_bures_gradients_at_repeated_eigenvalues(a, b):
-    """The derivative by a symmetric direction, to which the cost is restricted."""
+    """The cost is defined for symmetric matrices, so derivatives are along symmetric directions."""
     mean = torch.zeros(1, 3)
     directions = [random_covariances(3) for _ in range(2)]
 
@@ -170,7 +170,7 @@ def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
     )
     cost = bures_wasserstein_cost(means, covariances, means, covariances)
     assert (cost >= 0).all()
-    # Roots of eigenvalues that are 0 up to rounding bound what can be asked for.
+    # Zero eigenvalues are off by rounding, and their roots by its square root.
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(cost.diagonal(), torch.zeros(4, dtype=dtype), rtol=0, atol=tolerance)
     torch.testing.assert_close(cost, cost.mT, rtol=1e-5, atol=1e-5)
@@ -181,7 +181,7 @@ def test_bures_is_symmetric_nonnegative_and_zero_at_equality(rank, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", [0.0, 1e-6, 1e-2])
 def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypatch):
-    """Spaces of 1 + 4 to 9 + 9 dimensions stand for all 40, values and both gradients."""
+    """In spaces of 1 + 4 to 9 + 9 of 40 dimensions, values and both gradients are right."""
     means = [torch.randn(2, count, 40, dtype=dtype) for count in (2, 3)]
     factors = [torch.randn(2, k, 40, 9) for k in (2, 3)]
     factors[0][:, 0, :, 1:] = 0
@@ -195,18 +195,18 @@ def test_few_large_eigenvalues_give_what_all_of_them_give(floor, dtype, monkeypa
         return value.detach(), *torch.autograd.grad((weights * value).sum(), factors)
 
     sizes = []
-    decompose = polar._polar
+    decompose = spectral._polar
 
     def record(matrix, *args):
         sizes.append(matrix.shape[-1])
         return decompose(matrix, *args)
 
-    monkeypatch.setattr(polar, "_polar", record)
+    monkeypatch.setattr(spectral, "_polar", record)
     few = cost()
-    monkeypatch.setattr(polar, "_LARGEST_SHARE", -1.0)
+    monkeypatch.setattr(spectral, "_LARGEST_SHARE", -1.0)
     whole = cost()
     assert sizes == [8, 16, 40, 40]
-    # Without a floor, eigenvalues that are 0 up to rounding have roots of the root of that.
+    # Without a floor, zero eigenvalues are off by rounding, and their roots by its square root.
     tolerance = (4 if floor == 0 else 1) * torch.finfo(dtype).eps ** 0.5
     for a, b in zip(few, whole, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
@@ -304,7 +304,7 @@ def test_bures_of_a_batch_of_batches_is_that_of_each():
 
 def test_a_non_finite_correlation_reaches_its_costs_and_their_gradients():
     means, covariances = torch.randn(3, 3), random_covariances(3, 3)
-    covariances[1, 1, 2] = covariances[1, 2, 1] = torch.nan  # no part of the trace
+    covariances[1, 1, 2] = covariances[1, 2, 1] = torch.nan  # not in the trace
     covariances.requires_grad_()
     for right in (covariances.detach(), covariances):
         cost = bures_wasserstein_cost(means, covariances, means, right)
@@ -318,12 +318,12 @@ def test_a_non_finite_correlation_reaches_its_costs_and_their_gradients():
 @pytest.mark.parametrize("dim", [4, 16])
 @pytest.mark.parametrize("batched", [False, True])
 def test_an_eigenvalue_is_zero_up_to_its_rounding_of_dim_epsilon(dim, batched):
-    """The derivative of -2 Tr sqrt(S) is -1 / sqrt(s), and left out where s is 0 up to rounding."""
+    """The derivative of -2 Tr sqrt(S) is -1 / sqrt(s), or 0 where s is 0 up to rounding."""
     rounding = dim * torch.finfo(torch.float64).eps
     values = torch.ones(dim)
     values[1], values[2] = 0.75 * rounding, 1.25 * rounding
     left, mean = torch.diag(values)[None], torch.zeros(1, dim)
-    if batched:  # with a problem of another scale
+    if batched:  # beside a problem of another scale
         left, mean = torch.stack([left, 1e8 * left]), mean.expand(2, 1, dim)
     left = left.clone().requires_grad_()
     right = torch.eye(dim).expand_as(left)
@@ -394,7 +394,7 @@ def test_errors_name_the_argument():
 
 
 def test_distances_in_one_product_keep_the_digits_of_near_rows_far_out():
-    # Enough rows for the product, each feature at an offset of its own, distances far below 1.
+    # Enough rows for the matrix product, a large offset of each feature, distances far below 1.
     x = 1e-2 * torch.randn(300, 4) + torch.tensor([1e5, -1e5, 3e4, 0.0])
     y = x + 1e-3 * torch.randn(300, 4)
     assert x.numel() * len(y) > _DIRECT_ENTRIES

@@ -30,7 +30,7 @@ def test_logsumexp_equals_torch(dims):
     assert gradcheck(lambda x: logsumexp(x, dims), (x,))
 
 
-def test_logsumexp_of_nothing_has_no_gradient():
+def test_logsumexp_of_an_empty_sum_has_no_gradient():
     x = torch.tensor([[-torch.inf, -torch.inf], [0.0, -torch.inf]], requires_grad=True)
     y = logsumexp(x, 1)
     torch.testing.assert_close(y, torch.tensor([-torch.inf, 0.0]))
@@ -48,7 +48,7 @@ def test_sums_of_products_are_right_at_any_range(sizes, spread, dtype):
     a, b, weight = ((spread * torch.randn(shape)).to(dtype) for shape in shapes)
     if j > 1:
         a[0, 0], a[1, :, 1], b[1, 1], weight[0, 1] = (-torch.inf,) * 4
-        # One term alone, far below the maxima of its row and its column.
+        # A single term, far below the maxima of its row and its column.
         a[0, 2, :2], b[0, :2, 1] = torch.tensor([[0, -spread], [-2 * spread, 0]], dtype=dtype)
         weight[0, 2], weight[0, 2, 1] = -torch.inf, 0
     terms = a.double()[:, :, :, None] + b.double()[:, None] + weight.double()[:, :, None]

@@ -1,9 +1,8 @@
-"""The primitives everything heavy stands on, with the backend chosen by the tensor in hand."""
+"""The primitives on which all losses are built; a tensor's device chooses their implementation."""
 
 from multialign.ops.backend import Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
-from multialign.ops.polar import nuclear_norms, nuclear_norms_backward
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -26,8 +25,6 @@ __all__ = [
     "log_matvec",
     "log_product",
     "logsumexp",
-    "nuclear_norms",
-    "nuclear_norms_backward",
     "real",
     "register_batched_vmap",
     "solve_small",

@@ -1,4 +1,4 @@
-"""Which implementation of the primitives works on a tensor."""
+"""The choice of the implementation that runs on a tensor."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from multialign._validation import check_choice
 __all__ = ["Backend", "Implementation", "choose_backend"]
 
 Backend = Literal["auto", "torch", "triton"]
+"""What a user asks for."""
 Implementation = Literal["torch", "triton"]
+"""What runs: a backend that is not "auto"."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The oldest triton that the kernels are written for; torch 2.10 brings it.
+# The oldest triton that the kernels support; torch 2.10 brings it.
 _OLDEST = (3, 6)
 
 
 def _triton_version() -> str | None:
-    """Return the version of triton, "" for one that does not tell; None if it is not installed."""
+    """Return the version of triton, "" if it is unknown, None if triton is not installed."""
     if find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton"):
@@ -40,15 +42,15 @@ def _is_old(found: str) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < _OLDEST
 
 
-# Looked up once, without importing it.
+# Read once, without importing triton.
 _VERSION = _triton_version()
 
 
 def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
-    """Return the backend that will work on `tensor`: a named one, or for "auto" the best there is.
+    """Return what runs on `tensor`: the named backend, or for "auto" the fastest.
 
-    Triton is the best for CUDA tensors, where it is installed and new enough. With
-    TRITON_INTERPRET=1 in the environment "triton", if named, runs on CPU tensors too.
+    That is Triton for CUDA tensors, where it is installed and new enough. With TRITON_INTERPRET=1
+    in the environment, "triton" by name runs on CPU tensors too.
 
     Raises:
         ValueError: The name is unknown.
@@ -57,13 +59,13 @@ def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     check_choice("backend", backend, ("auto", "torch", "triton"))
     if backend == "torch":
         return "torch"
-    there = _VERSION is not None and not _is_old(_VERSION)
-    runs = there and tensor.is_cuda and tensor.dtype in _DTYPES
+    installed = _VERSION is not None and not _is_old(_VERSION)
+    runs = installed and tensor.is_cuda and tensor.dtype in _DTYPES
     if backend == "auto":
         return "triton" if runs else "torch"
     if runs:
         return "triton"
-    if not there:
+    if not installed:
         state = (
             "which is not installed here" if _VERSION is None else f"but {_VERSION} is installed"
         )

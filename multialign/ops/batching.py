@@ -11,9 +11,9 @@ __all__ = ["register_batched_vmap"]
 
 
 def register_batched_vmap(operator: Any) -> None:
-    """Let `operator` take what vmap maps over as further entries of its batch.
+    """Make vmap of `operator` one call with a larger batch.
 
-    All its tensor arguments, in lists too, and all its results have the batch first.
+    All tensor arguments, those in lists included, and all results must have the batch first.
     """
 
     def merge(argument: Any, dim: Any, size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Sums over a Gaussian kernel matrix that is never held: p^T K q with its gradients."""
+"""Quadratic forms p^T K q of a Gaussian kernel matrix that is never held, and their gradients."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from multialign.ops.batching import register_batched_vmap
 
 __all__ = ["gaussian_form"]
 
-# Side of the square blocks of the kernel matrix that are worked on: they stay in the cache. Over a
-# batch they have at most so many entries, or a side of the smallest.
+# Side of a square block of the kernel matrix, which fits in the cache. The blocks of a batch have
+# `_BLOCK_ENTRIES` entries together at most, unless they have the smallest side.
 _BLOCK = 512
 _BLOCK_ENTRIES = 2**20
 _SMALLEST_BLOCK = 64
@@ -27,9 +27,9 @@ def gaussian_form(
 
     k is the mean over s of exp(-c_s |x - y|^2), with c the `precisions`.
 
-    The kernel matrix is made block by block, once, for the value and the gradients together:
-    memory is O((N + M) D). If `y` is `x` and `q` is `p`, the two gradients are one. First
-    derivatives only; `precisions`, which are 1 / (2 sigma^2), count as constants.
+    Each block of the kernel matrix is computed once, for the value and the gradients together:
+    memory is O((N + M) D). If `y` is `x` and `q` is `p`, one gradient is computed, not two. There
+    are first derivatives only, and none by `precisions`, which are 1 / (2 sigma^2).
 
     Args:
         x: `(B, N, D)`.
@@ -37,10 +37,10 @@ def gaussian_form(
         p: `(B, N)`.
         q: `(B, M)`.
         precisions: `(B, S)`.
-        distinct: Whether to leave out the pairs n = m.
+        distinct: Leave out the pairs n = m.
     """
     if x is y and p is q:
-        # Half of what the sum depends on stands in the second place: the gradients double.
+        # x is both arguments, so its gradient doubles.
         results = _SymmetricForm.apply(x, p, precisions, distinct)
     else:
         results = _Form.apply(x, y, p, q, precisions, distinct)
@@ -99,9 +99,9 @@ class _SymmetricForm(torch.autograd.Function):
 
 
 class _FirstOnly(torch.autograd.Function):
-    """A derivative by `x`, which depends on `x` in a way that is not kept.
+    """A derivative by `x` that raises when it is differentiated again.
 
-    Taken as a constant it would make a second derivative wrong in silence.
+    Its own dependence on `x` is not recorded, so a second derivative would be silently wrong.
     """
 
     generate_vmap_rule = True
@@ -134,9 +134,9 @@ def _stream(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the form and its derivatives by x and p and, if `both`, by y and q (else zeros).
 
-    An operator of its own: torch.compile need not unroll the loop over blocks.
+    An operator of its own, so that torch.compile need not unroll the loop over blocks.
     """
-    # float64 stays on this path: what is asked for then is accuracy.
+    # The kernel computes in float32.
     if x.dtype == torch.float32 and choose_backend("auto", x) == "triton":
         from multialign.ops import _triton
 
@@ -145,9 +145,9 @@ def _stream(
     origin = x.mean(-2, keepdim=True)
     x, y = x - origin, y - origin
     squares_x, squares_y = x.square().sum(-1), y.square().sum(-1)
-    # Between equal rows at one place the distance is 0 to the last digit.
+    # Equal rows n = m have a distance of exactly 0.
     equal = (x == y).all(-1) if x.shape == y.shape else None
-    # With a column of ones, one product with a block gives sum q y and sum q together.
+    # With a column of ones, one product with a block gives both sum q y and sum q.
     right = q.unsqueeze(-1) * torch.cat([y, torch.ones_like(q).unsqueeze(-1)], -1)
     left = p.unsqueeze(-1) * torch.cat([x, torch.ones_like(p).unsqueeze(-1)], -1)
     sums_x, sums_y = torch.zeros_like(p), torch.zeros_like(q)
@@ -197,9 +197,9 @@ register_batched_vmap(_stream)
 
 
 def _kernels(cost: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the kernel and, but for a factor 2 c_0, minus its derivative by the cost.
+    """Return the kernel k, and -dk/dcost / c_0 (c_0 the first precision), which is its slope.
 
-    With one precision they are the same tensor, made in the place of `cost`.
+    With one precision both are one tensor, which overwrites `cost`.
     """
     first, *others = precisions.unbind(-1)
     if not others:

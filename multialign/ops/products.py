@@ -1,13 +1,13 @@
-"""Products of matrices of logarithms, by ordinary matrix products wherever those can hold them.
+"""Products of matrices of logarithms, by ordinary matrix products where their range suffices.
 
 With row maxima a_i of A and column maxima b_k of B taken out,
 
     log sum_j exp(A_ij + B_jk) = log sum_j exp(A_ij - a_i) exp(B_jk - b_k) + a_i + b_k
 
-is one matrix product. Its terms may be too small for the exponent range, all of them at worst. So
-the factors use the whole range, positive exponents too; what is dropped has a bound; and an entry
-that is not well above that bound is summed term by term, unless what it is going to be added to
-shows that it cannot matter.
+is one matrix product. Some of its terms, or all, may be below the exponent range. So the factors
+are scaled to use the whole range. Terms that underflow are dropped, and their sum has a bound. An
+entry that is not well above this bound is summed term by term, unless the weight that will be added
+to it shows that it cannot matter.
 """
 
 from __future__ import annotations
@@ -21,78 +21,77 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from multialign.ops.backend import Implementation
 from multialign.ops.reference import logsumexp, real
 
 __all__ = ["LogProduct", "StreamedProduct", "log_matmul_reduce", "log_matvec", "log_product"]
 
-# The relative error that dropped terms may cause.
+# Largest relative error from dropped terms.
 _LOSS = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-7}
-# Probabilities below this are dropped where they would make denormal products, which are slow.
+# Probabilities below this are set to 0: their products would be denormal, which is slow.
 _NEGLIGIBLE = {torch.float64: 1e-60, torch.complex128: 1e-60, torch.float32: 1e-18}
-# Entries of the tables that term-by-term sums work on at once.
+# Terms that term-by-term sums hold at once.
 _CHUNK_ENTRIES = 2**22
 
 
-def log_matvec(a: Tensor, x: Tensor, backend: Literal["torch", "triton"]) -> Tensor:
+def log_matvec(a: Tensor, x: Tensor, backend: Implementation) -> Tensor:
     """Return log sum_j exp(a_ij + x_j), `(B, I)`, of `a` `(B, I, J)` and `x` `(B, J)`.
 
     The kernel reads `a` once and writes no table. It has no gradient.
     """
     if backend == "triton":
-        from multialign.ops import _triton as kernels
+        from multialign.ops import _triton
 
-        sums: Tensor = kernels.log_matvec(a, x)
+        sums: Tensor = _triton.log_matvec(a, x)
         return sums
     return logsumexp(a + x.unsqueeze(-2), -1)
 
 
-def log_matmul_reduce(
-    a: Tensor, b: Tensor, weight: Tensor, backend: Literal["torch", "triton"]
-) -> Tensor:
+def log_matmul_reduce(a: Tensor, b: Tensor, weight: Tensor, backend: Implementation) -> Tensor:
     """Return log sum_jk exp(a_ij + b_jk + weight_ik), `(B, I)`.
 
-    It is what three marginals with three pairwise costs say to one of them. The kernel writes no
-    table over i and k. It has no gradient.
+    It is the message of two of three marginals with three pairwise costs to the third. The kernel
+    writes no table over i and k. It has no gradient.
 
     Args:
         a: `(B, I, J)`.
         b: `(B, J, K)`.
         weight: `(B, I, K)`.
-        backend: What works on these tensors.
+        backend: The implementation.
     """
     if backend == "triton":
-        from multialign.ops import _triton as kernels
+        from multialign.ops import _triton
 
-        sums: Tensor = kernels.log_matmul_reduce(a, b, weight)
+        sums: Tensor = _triton.log_matmul_reduce(a, b, weight)
         return sums
     return logsumexp(LogProduct(a, b, weight, sums=(-1,)).values + weight, -1)
 
 
 def log_product(
-    a: Tensor, b: Tensor, weight: Tensor | None, backend: Literal["torch", "triton"]
+    a: Tensor, b: Tensor, weight: Tensor | None, backend: Implementation
 ) -> LogProduct | StreamedProduct:
     """Multiply `a` `(B, I, J)` and `b` `(B, J, K)`; see `LogProduct` for `weight`."""
     return StreamedProduct(a, b) if backend == "triton" else LogProduct(a, b, weight)
 
 
 class StreamedProduct:
-    """The same as `LogProduct`, by a kernel that is right at any range. It has no gradient."""
+    """The same as `LogProduct`, by a kernel that is right at any range; without gradient."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        from multialign.ops import _triton as kernels
+        from multialign.ops import _triton
 
-        self._a, self._b, self._multiply = a, b, kernels.log_matmul
-        self.values: Tensor = kernels.log_matmul(a, b)
+        self._a, self._b, self._multiply = a, b, _triton.log_matmul
+        self.values: Tensor = _triton.log_matmul(a, b)
 
     def spread(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribute weights of the entries (i, k) over j as the terms of their sums demand."""
+        """Distribute weights of the entries (i, k) over j; see `LogProduct.spread`."""
         ratio = torch.where(joint == 0, -math.inf, joint.log() - self.values)
         left = (self._a + self._multiply(ratio, self._b.mT)).exp()
         return left, (self._b + self._multiply(self._a.mT, ratio)).exp()
 
 
 class LogProduct:
-    """The product of two matrices of logarithms, and the shares of its terms; without gradient.
+    """The product of two matrices of logarithms, with the shares of its terms; without gradient.
 
     Attributes:
         values: `(B, I, K)`, the logarithm of sum_j exp(a_ij + b_jk).
@@ -104,14 +103,14 @@ class LogProduct:
         self,
         a: Tensor,
         b: Tensor,
-        weight: Tensor | None = None,
+        weight: Tensor | None,
         *,
         sums: Sequence[Literal[-1, -2]] = (-1, -2),
     ) -> None:
         """Multiply `a` `(B, I, J)` and `b` `(B, J, K)`.
 
-        `weight` `(B, I, K)` is what will be added to the result: entries that then cannot matter
-        to the sums of exponentials along `sums` may be wrong. None: all are right.
+        `weight` `(B, I, K)` will be added to the result, and exponentials summed along `sums`:
+        entries that cannot matter to these sums may be wrong. With None, all are right.
         """
         self._a, self._b = a, b
         self._shift, floor, bound = _limits(a.dtype, a.shape[-1])
@@ -135,7 +134,7 @@ class LogProduct:
             self.values.index_put_(entries, exact)
 
     def spread(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribute weights of the entries (i, k) over j as the terms of their sums demand.
+        """Distribute weights of the entries (i, k) over j, in proportion to the terms of each sum.
 
         Returns:
             sum_k joint_ik p(j | i, k), `(B, I, J)`, and sum_i joint_ik p(j | i, k), `(B, J, K)`,
@@ -163,23 +162,23 @@ class LogProduct:
     def _relevant(
         self, tops: Tensor, bound: float, weight: Tensor | None, sums: Sequence[int]
     ) -> Tensor:
-        """Return which entries can matter, if they are unresolved."""
-        some = _live(self._a, -1) & _live(self._b, -2)
+        """Return which unresolved entries can matter."""
+        nonempty = _live(self._a, -1) & _live(self._b, -2)
         if weight is None:
-            return some
+            return nonempty
         weight = real(weight)
         least = real(self.values) + weight
         least = reduce(torch.minimum, [logsumexp(least, dim).unsqueeze(dim) for dim in sums])
         most = (real(self._mass) + bound * _LOSS[weight.dtype]).log() + tops + weight
         size = max(weight.shape[-2:])
-        return some & (most > least + math.log(_LOSS[weight.dtype] / size))
+        return nonempty & (most > least + math.log(_LOSS[weight.dtype] / size))
 
     def _terms(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield all terms of the entries summed one by one, with the indices of these entries."""
-        turned = self._b.mT
-        step = max(1, _CHUNK_ENTRIES // turned.shape[-1])
+        """Yield the terms of the entries that are summed term by term, and their indices."""
+        b_rows = self._b.mT
+        step = max(1, _CHUNK_ENTRIES // b_rows.shape[-1])
         for b, i, k in zip(*[index.split(step) for index in self._entries], strict=True):
-            yield self._a[b, i] + turned[b, k], b, i, k
+            yield self._a[b, i] + b_rows[b, k], b, i, k
 
 
 def _maximum(x: Tensor, dim: int) -> Tensor:
@@ -200,10 +199,10 @@ def _cut(x: Tensor, floor: float, value: float) -> Tensor:
 
 @lru_cache
 def _limits(dtype: torch.dtype, terms: int) -> tuple[float, float, float]:
-    """Return by how much exponents are raised, their floor, and the least mass to be trusted.
+    """Return the shift of the exponents, their floor, and the least mass to be trusted.
 
-    Factors lie between exp(floor) and exp(shift), or are 0. A term was dropped because one of its
-    factors is below the floor; so all of them together are less than terms * exp(shift + floor).
+    Factors lie between exp(floor) and exp(shift), or are 0. A term is dropped if one of its factors
+    is below the floor, so the dropped terms add up to less than terms * exp(shift + floor).
     """
     shift = (math.log(torch.finfo(dtype).max) - math.log(terms)) / 2 - 1
     floor = math.log(torch.finfo(dtype).tiny) / 2

@@ -1,4 +1,4 @@
-"""Log-sum-exp primitives in plain torch, safe where a mass is zero (its logarithm is -inf)."""
+"""Logarithms and log-sum-exps that are safe where a mass is zero and its logarithm -inf."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def real(x: Tensor) -> Tensor:
-    """Return the real part: by a tiny imaginary part a table may carry its derivative."""
+    """Return the real part; a tiny imaginary part carries a derivative (the complex step)."""
     return x.real if x.is_complex() else x
 
 

@@ -1,12 +1,13 @@
-"""Whole transport problems in one kernel launch."""
+"""Whole transport problems, each small, in one kernel launch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from multialign.ops.backend import Implementation
 
 __all__ = ["solve_small"]
 
@@ -19,9 +20,9 @@ def solve_small(
     tolerance: float,
     max_iterations: int,
     dtype: torch.dtype,
-    backend: Literal["torch", "triton"],
+    backend: Implementation,
 ) -> tuple[Tensor, Tensor] | None:
-    """Solve problems of a few atoms each, side by side.
+    """Solve a batch of problems of few atoms each.
 
     Args:
         costs: Tables `(B, K_i, K_j)`, or one `(B, K_1, ..., K_M)`.
@@ -29,22 +30,22 @@ def solve_small(
         marginals: M tensors `(B, K_p)`, each of sum 1.
         epsilon: `(B,)`.
         tolerance: L1 error at which a problem is solved.
-        max_iterations: Where it stops without.
-        dtype: That of the arithmetic.
-        backend: What works on these tensors.
+        max_iterations: Most iterations of one problem.
+        dtype: The dtype to compute in.
+        backend: The implementation.
 
     Returns:
-        Potentials `(B, S)` in units of epsilon, float64, and iterations `(B,)`; None if there is
-        no kernel for such problems.
+        Potentials `(B, S)` in units of epsilon, float64, and iterations `(B,)`; or None if no
+        kernel takes such problems.
     """
     if backend != "triton":
         return None
-    from multialign.ops import _triton as kernels
+    from multialign.ops import _triton
 
     sizes = [marginal.shape[-1] for marginal in marginals]
-    if not kernels.fits_small(sizes, len(epsilon), dtype):
+    if not _triton.fits_small(sizes, len(epsilon), dtype):
         return None
-    potentials, iterations, _ = kernels.solve_small(
+    potentials, iterations, _ = _triton.solve_small(
         [cost.to(dtype) for cost in costs],
         scopes,
         [marginal.to(dtype) for marginal in marginals],

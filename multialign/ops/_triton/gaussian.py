@@ -1,7 +1,7 @@
 """Sums over a Gaussian kernel matrix, and their derivatives, by tiles that are never written.
 
-A program owns some rows and goes over all columns, or over a share of them where there are few
-rows: what it adds up is its own, and the order of a sum is always the same.
+A program owns some rows and sums over all columns, or over a share of them where there are few
+rows. No two programs add to one number, so the order of every sum is fixed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _gaussian_sums(
     squares_x,  # (B, N): |x|^2
     squares_y,  # (B, M)
     q,  # (B, M)
-    equal,  # (B, N): whether x_n = y_n, whose distance is then 0
+    equal,  # (B, N): whether x_n = y_n, so that their distance is exactly 0
     precisions,  # (B, S)
     sums,  # (B, shares, N): sum_m q_m k_nm
     slopes,  # (B, shares, N): sum_m q_m slope_nm
@@ -40,7 +40,7 @@ def _gaussian_sums(
     D,
     S,
     shares,
-    share,  # columns in each
+    share,  # columns in a share
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     SQUARE: tl.constexpr,  # whether N = M; else `equal` is not read
@@ -101,7 +101,7 @@ def _gaussian_sums(
         square_y = tl.load(squares_y + batch * M + columns, mask=in_columns, other=0.0)
         weight = tl.load(q + batch * M + columns, mask=in_columns, other=0.0)
         cost = square_x[:, None] + square_y[None, :] - 2.0 * inner
-        # Rounding may take it below 0; the comparison lets a NaN through.
+        # Rounding may make it negative; unlike a maximum, the comparison keeps a NaN.
         cost = tl.where(cost < 0.0, 0.0, cost)
         if SQUARE:
             cost = tl.where((rows[:, None] == columns[None, :]) & same[:, None], 0.0, cost)
@@ -136,7 +136,7 @@ def gaussian_form(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute what `multialign.ops.gaussian` defines: p^T K q and its derivatives.
 
-    In float32; float64 is for the interpreter, since triton 3.7 does not compile it.
+    For float32: triton 3.7 interprets the kernel in float64 but does not compile it.
 
     Returns:
         The form `(B)` in float64, and its derivatives by x and p and, if `both`, by y and q (else
@@ -145,16 +145,16 @@ def gaussian_form(
     origin = x.mean(-2, keepdim=True)
     x, y = (x - origin).contiguous(), (y - origin).contiguous()
     p, q, precisions = p.contiguous(), q.contiguous(), precisions.contiguous()
-    sums_x, by_x = _side(x, y, p, q, precisions, distinct)
+    sums_x, by_x = _row_sums(x, y, p, q, precisions, distinct)
     if both:
-        sums_y, by_y = _side(y, x, q, p, precisions, distinct)
+        sums_y, by_y = _row_sums(y, x, q, p, precisions, distinct)
     else:
         sums_y, by_y = torch.zeros_like(q, dtype=torch.float64), torch.zeros_like(y)
     value = (p.double() * sums_x).sum(-1)
     return value, by_x, sums_x.to(p.dtype), by_y, sums_y.to(q.dtype)
 
 
-def _side(
+def _row_sums(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, distinct: bool
 ) -> tuple[Tensor, Tensor]:
     """Return K q in float64 and the derivative of p^T K q by x."""
@@ -173,7 +173,7 @@ def _side(
     slopes = torch.empty_like(sums)
     moments = x.new_empty((batch, shares, rows, depth))
     square = rows == columns
-    equal = (x == y).all(-1).to(torch.int8) if square else q  # or anything
+    equal = (x == y).all(-1).to(torch.int8) if square else q  # never read unless square
     launch(
         _gaussian_sums, programs * shares, x, y, x.square().sum(-1), y.square().sum(-1), q,
         equal, precisions, sums, slopes, moments, rows, columns, depth, precisions.shape[1], shares,

@@ -1,4 +1,4 @@
-"""What all launchers share: dtypes, strides, block sizes, and the launch itself."""
+"""What all launchers share: checks, dtypes, block sizes, and the launch itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = [
     "MULTIPROCESSORS",
-    "WORKING_DTYPE",
     "block",
     "cdiv",
     "check_batched",
@@ -21,11 +20,11 @@ __all__ = [
     "matrix_precision",
 ]
 
-# How many programs keep a card busy: A100 has 108, H100 and H200 132. The number is no device's
-# own, so that a result does not depend on the card it was computed on.
+# How many programs keep a card busy: an A100 has 108 multiprocessors, an H100 or H200 132. It is
+# one number for all cards, so that results do not depend on the card.
 MULTIPROCESSORS = 108
 
-WORKING_DTYPE = {
+_WORKING_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
@@ -35,12 +34,12 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def lifted(*tensors: Tensor) -> tuple[torch.dtype, Any]:
-    """Return the dtype to compute in and Triton's name of it."""
+    """Return the dtype to compute in, as torch and as Triton name it."""
     for tensor in tensors:
-        if tensor.dtype not in WORKING_DTYPE:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in WORKING_DTYPE)
+        if tensor.dtype not in _WORKING_DTYPE:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WORKING_DTYPE)
             raise TypeError(f"the Triton kernels take {expected}; got {tensor.dtype}")
-    dtypes = [WORKING_DTYPE[tensor.dtype] for tensor in tensors]
+    dtypes = [_WORKING_DTYPE[tensor.dtype] for tensor in tensors]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return dtype, _TRITON_DTYPE[dtype]
 
@@ -48,7 +47,7 @@ def lifted(*tensors: Tensor) -> tuple[torch.dtype, Any]:
 def matrix_precision(dtype: torch.dtype) -> str:
     """Return the `input_precision` of `tl.dot`: three TF32 products make one of float32 accuracy.
 
-    It is always named, so that torch's global TF32 settings and Triton's default change nothing.
+    It is always named, so that neither torch's global TF32 settings nor Triton's default matter.
     """
     return "ieee" if dtype == torch.float64 else "tf32x3"
 
@@ -77,7 +76,7 @@ def check_batched(**tensors: tuple[Tensor, Sequence[int | None]]) -> None:
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Run `programs` programs of `kernel` on the device of its first argument.
 
-    The grid has one dimension: the other two end at 65535.
+    The grid has one dimension, since the other two hold at most 65535.
     """
     if programs > 0:
         with torch.cuda.device_of(arguments[0]):
