@@ -1,1 +1,1 @@
-"""Benchmarks: one file a question, peers in the same run, results in `results/`."""
+"""Benchmarks against peers: one file for each topic, with results in `results/`."""

@@ -1,7 +1,7 @@
-"""A training step of the reference model: against plain torch, and what its losses add to it.
+"""A training step of the reference model against plain torch, with and without its losses.
 
-``python -m benchmarks.decalign_step`` takes two minutes on one core and needs what
-`examples/decalign` needs. The size is that of the paper: 32 samples, 50 steps, 64 features, four
+``python -m benchmarks.decalign_step`` takes two minutes on one core and needs the requirements of
+`examples/decalign`. The size is that of the paper: 32 samples, 50 steps, 64 features, four
 transformer levels, three modalities, seven categories.
 """
 
@@ -26,7 +26,7 @@ from examples.decalign.switches import Switches
 from examples.decalign.targets import SENTIMENT
 
 BATCH, STEPS, WIDTH, LAYERS = 32, 50, 64, 4
-# Raw features as in MMSA's CMU-MOSI.
+# The numbers of raw features in MMSA's CMU-MOSI.
 MODALITIES = {"text": 768, "audio": 5, "vision": 20}
 
 RELEASED = Losses(
@@ -47,13 +47,13 @@ OBJECTIVES = {
     f"{OURS}, released losses": (RELEASED, Switches()),
     f"{OURS}, paper's losses": (Losses(), Switches()),
 }
-# The released code's losses in plain torch: after the transformers of the reference model, and
-# after those of the released code.
+# The released code's losses in plain torch, with the transformers of the reference model and with
+# those of the released code.
 PLAIN = {"plain torch, same network": "self", "plain torch, released network": "pairs"}
 
 
 def make_step(name: str) -> Callable[[], Tensor]:
-    """Return one step of Adam, of the full network whatever the losses."""
+    """Return one step of Adam on the full network, with the losses that `name` stands for."""
     torch.manual_seed(0)
     features = {modality: torch.randn(BATCH, STEPS, dim) for modality, dim in MODALITIES.items()}
     targets = torch.rand(BATCH) * 6 - 3
@@ -82,17 +82,17 @@ def make_step(name: str) -> Callable[[], Tensor]:
     return step
 
 
-def prepared(name: str) -> Callable[[], Tensor]:
-    """Return a step after one that loads what is needed and makes the optimiser's state."""
+def prepare_step(name: str) -> Callable[[], Tensor]:
+    """Return a step, after one that loads all code and creates the optimiser's state."""
     step = make_step(name)
     step()
-    # What that step freed goes back: it would count as held before.
+    # Return freed memory to the system; it would count as held before the measured step.
     ctypes.CDLL(None).malloc_trim(0)
     return step
 
 
 def main() -> None:
-    """Measure, print the ratios and write them."""
+    """Measure, print the ratios and write the rows."""
     torch.set_num_threads(1)
     names = [*OBJECTIVES, *PLAIN]
     times = harness.alternate({name: make_step(name) for name in names}, repetitions=25)
@@ -102,14 +102,14 @@ def main() -> None:
             size=f"B = {BATCH}, T = {STEPS}, d = {WIDTH}, {LAYERS} levels, M = 3",
             provider=name,
             **harness.quantiles(times[name]),
-            peak_mib=harness.peak_mib(partial(prepared, name)),
+            peak_mib=harness.peak_mib(partial(prepare_step, name)),
             error=math.nan,
         )
         for name in names
     ]
     base = times[names[0]]
     for row in rows:
-        # Of steps that followed one another, so that a busy machine is so for both.
+        # Each ratio is of two consecutive steps, so load of the machine affects both.
         ratios = [own / off for own, off in zip(times[row.provider], base, strict=True)]
         print(
             f"{row.provider:<34} median {row.milliseconds:7.1f} ms   {row.peak_mib:6.1f} MiB   "

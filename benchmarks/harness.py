@@ -1,4 +1,4 @@
-"""Timing, peak memory and the table that every benchmark writes."""
+"""Timing, peak memory, and the table that every benchmark writes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Row:
     """One measurement of one provider."""
 
     case: str
-    """What was computed."""
+    """The computation."""
     size: str
     provider: str
     """multialign or a peer, with its version."""
     milliseconds: float
-    """Median over the repetitions."""
+    """Median time over the repetitions."""
     low: float
-    """Their 20 % quantile."""
+    """20 % quantile of the times."""
     high: float
-    """Their 80 % quantile."""
+    """80 % quantile of the times."""
     peak_mib: float
-    """Peak memory above the inputs, in a process of its own; NaN where not measured."""
+    """Peak memory above the inputs, in a separate process; NaN where not measured."""
     error: float
     """Of the value, relative to the reference named in `case`; NaN for the reference itself."""
 
@@ -42,7 +42,7 @@ class Row:
 def alternate(
     functions: dict[str, Callable[[], object]], repetitions: int = 7
 ) -> dict[str, list[float]]:
-    """Return times in milliseconds, the providers taking turns so that they share the weather."""
+    """Return times in milliseconds, alternating between the providers so that load affects all."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -65,7 +65,7 @@ def quantiles(times: Sequence[float]) -> dict[str, float]:
 def peak_mib(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
     """Return the peak memory of the function that `prepare(*args)` returns.
 
-    It is that of a fresh process, above what it held once everything was prepared.
+    It is measured in a fresh process, above the memory held after the preparation.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (prepare, args))
@@ -74,7 +74,7 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
 def _peak(prepare: Callable[..., Callable[[], object]], args: Sequence[Any]) -> float:
     torch.set_num_threads(1)
     work = prepare(*args)
-    # Of Linux alone: forget the highest memory so far, which includes the parent's.
+    # Linux only: reset the peak so far, which includes the parent's.
     Path("/proc/self/clear_refs").write_text("5")
     before = _highest_mib()
     work()
@@ -96,11 +96,11 @@ def show(row: Row) -> None:
 
 
 def write(name: str, rows: Sequence[Any]) -> None:
-    """Write dataclasses to `results/name.csv`, a row each, with machine, versions and commit."""
+    """Write dataclasses as rows of `results/name.csv`, with machine, versions and commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    where = {
+    environment = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, CPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -108,11 +108,11 @@ def write(name: str, rows: Sequence[Any]) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), *where])
+        writer = csv.DictWriter(file, [*asdict(rows[0]), *environment])
         writer.writeheader()
         for row in rows:
             values = {
                 key: f"{value:.5g}" if isinstance(value, float) else value
                 for key, value in asdict(row).items()
             }
-            writer.writerow(values | where)
+            writer.writerow(values | environment)

@@ -1,21 +1,21 @@
-"""Hostile inputs, given to multialign and to its peers: who is right, who is not, and who says so.
+"""Hostile inputs for multialign and its peers: which results are right, and which warn.
 
-``python -m benchmarks.hostile`` takes a few minutes. Every call runs in a process of the provider,
-which is replaced where it does not come back. Expected values are those of naive float64 oracles
-(tests/reference.py), made from the very numbers that the providers are given.
+``python -m benchmarks.hostile`` takes a few minutes. Every provider has its own process, which is
+restarted if a call hangs or crashes. Expected values are those of plain float64 implementations
+(tests/reference.py) on the same numbers that the providers get.
 
-How the peers are called, all with their defaults unless named here:
+The peers are called with their defaults, except for:
 
 - geomloss: ``SamplesLoss("sinkhorn", blur=sqrt(epsilon / 2), scaling=0.9)``, more accurate than its
-  default of 0.5. Its cost is half of ours, so its value is doubled.
+  default of 0.5. Its cost is half of multialign's, so its value is doubled.
   ``SamplesLoss("gaussian", blur=bandwidth)`` is half of the squared MMD.
 - POT: ``ot.sinkhorn2`` with the costs of ``ot.dist``; it returns <T, C>. Once with its default
   method and once with "sinkhorn_log", which its documentation advises for a small regularisation.
 - OTT-JAX: ``MMSinkhorn()``, whose ``ent_reg_cost`` is <T, C> + epsilon sum T log T.
-- scikit-learn: ``GaussianMixture(K, random_state=0)``, and multialign's with full covariances too.
+- scikit-learn: ``GaussianMixture(K, random_state=0)``; multialign also fits full covariances.
 
-Weights are normalised before a peer sees them. A warning of the provider, or a flag that says the
-solver did not converge, counts as having said so. Gradients are those by the points.
+Weights are normalised before the call. A provider has warned if it gave a warning, or if a flag of
+its result says that the solver did not converge. Gradients are those with respect to the points.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from multialign import (
 )
 from tests import reference
 
-# A call that takes longer hangs.
-SECONDS = 30.0
-# Errors up to this are right: geomloss and OTT stop early by default.
+# A call that takes longer counts as hanging.
+TIMEOUT = 30.0
+# The largest error of a right value: geomloss and OTT stop early by default.
 ACCURACY = 0.02
 
 Array = NDArray[np.float64]
@@ -71,37 +71,37 @@ class Case:
     level: float = 0.0
     """Epsilon, the bandwidth, or the number of components."""
     expected: str = "value"
-    """ "value"; "finite" where no value is the right one; "not finite" where none can be."""
+    """ "value"; "finite" where any finite result is right; "not finite" where none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a provider made of a case."""
+    """The result of a provider for a case."""
 
     task: str
     case: str
     provider: str
     outcome: str
     """"right", "wrong", "not finite", "gradient not finite", "raises", "hangs", "crashes"."""
-    said: bool
-    """Whether it warned, or its result has a flag that says it did not converge."""
+    warned: bool
+    """Whether it warned, or a flag of its result says that it did not converge."""
     value: float
     expected: float
     error: float
-    """Relative to the mean cost or the expected value, whichever is larger; for MMD to the expected
-    value; for mixtures in nats for each feature."""
+    """Relative to the mean cost or the expected value, whichever is larger; for MMD relative to the
+    expected value; for mixtures in nats per feature."""
     seconds: float
     detail: str
-    """What was raised, or the first warning."""
+    """The exception, or the first warning."""
 
 
 class Answer(NamedTuple):
-    """What a provider returns."""
+    """The result of a call."""
 
     value: float
     gradients_finite: bool
-    said: str
-    """The first warning, or that a flag says so; else empty."""
+    warning: str
+    """The first warning, or the flag that says the solver did not converge; else empty."""
 
 
 # -- The cases ------------------------------------------------------------------------------------
@@ -110,45 +110,45 @@ class Answer(NamedTuple):
 def clouds(
     count: int = 2, size: int = 20, dim: int = 5, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Return Gaussian clouds, a little apart, of multiples of 1/8: an offset rounds nothing."""
+    """Return Gaussian clouds, 0.5 apart. Points are multiples of 1/8, so an offset is exact."""
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(size, dim, generator=generator, dtype=torch.float64) for _ in range(count)]
     return [((8 * x).round() / 8 + 0.5 * m).to(dtype) for m, x in enumerate(draws)]
 
 
-def spread(points: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> float:
-    """Return the mean cost between two clouds, of points that are there."""
+def mean_cost(points: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> float:
+    """Return the mean cost between two clouds, over points of positive weight."""
     kept = present(points, weights)
     pairs = list(combinations(kept, 2))
     return sum(float(cdist(x, y, "sqeuclidean").mean()) for x, y in pairs) / len(pairs)
 
 
 def present(points: Sequence[Tensor], weights: Sequence[Tensor] | None) -> list[Array]:
-    """Return the points that have a weight, in float64."""
+    """Return the points of positive weight, in float64."""
     if weights is None:
         return [x.double().numpy() for x in points]
     return [x.double()[w > 0].numpy() for x, w in zip(points, weights, strict=True)]
 
 
-def padded(points: Sequence[Tensor], junk: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Add half as many rows of weight 0."""
+def padded(points: Sequence[Tensor], padding: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Return clouds with half as many additional rows of weight 0, and the weights."""
     rows, weights = [], []
     for x in points:
-        extra = x.new_full((len(x) // 2, x.shape[1]), junk)
+        extra = x.new_full((len(x) // 2, x.shape[1]), padding)
         rows.append(torch.cat([x, extra]))
         weights.append(torch.cat([x.new_ones(len(x)), x.new_zeros(len(extra))]) / len(x))
     return rows, weights
 
 
-def changed(points: Sequence[Tensor], value: float) -> list[Tensor]:
-    """Put a value in the place of one number."""
+def replace_one(points: Sequence[Tensor], value: float) -> list[Tensor]:
+    """Return the clouds with one number replaced by `value`."""
     x = points[0].clone()
     x[3, 1] = value
     return [x, *points[1:]]
 
 
 def shapes() -> dict[str, list[Tensor]]:
-    """Return clouds that are hostile by themselves, float32."""
+    """Return float32 clouds of hostile shape, location or scale."""
     x, y = clouds()
     many = clouds(size=200)[1]
     generator = torch.Generator().manual_seed(1)
@@ -164,7 +164,7 @@ def shapes() -> dict[str, list[Tensor]]:
         "3 distinct points of 20": [x[torch.arange(20) % 3], y[torch.arange(20) % 3]],
         "all features but one constant": [thin_x, thin_y],
         "two close clouds of 160 features": list(close),
-        "an outlier at 1e6": changed([x, y], 1e6),
+        "an outlier at 1e6": replace_one([x, y], 1e6),
         "offset 1e4": [x + 1e4, y + 1e4],
         "offset 1e6": [x + 1e6, y + 1e6],
         "scale 1e-18": [1e-18 * x, 1e-18 * y],
@@ -172,20 +172,20 @@ def shapes() -> dict[str, list[Tensor]]:
     }
 
 
-def broken() -> dict[str, tuple[list[Tensor], list[Tensor] | None]]:
-    """Return clouds that no finite number belongs to."""
+def non_finite() -> dict[str, tuple[list[Tensor], list[Tensor] | None]]:
+    """Return clouds for which no finite result is right."""
     points = clouds()
     negative = [torch.full((20,), 1 / 20), torch.full((20,), 1 / 20)]
     negative[0][2] = -1 / 20
     return {
-        "a NaN in a sample": (changed(points, math.nan), None),
-        "an infinity in a sample": (changed(points, math.inf), None),
+        "a NaN in a sample": (replace_one(points, math.nan), None),
+        "an infinity in a sample": (replace_one(points, math.inf), None),
         "a negative weight": (points, negative),
     }
 
 
 def weighted() -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Return clouds with weights that are hostile."""
+    """Return clouds with hostile weights."""
     points = clouds()
     half = [torch.where(torch.arange(20) % 2 == m, 0.1, 0.0) for m in (0, 1)]
     wide = [10.0 ** -torch.linspace(0, 30, 20) for _ in points]
@@ -204,21 +204,21 @@ def transport_cases(task: str) -> list[Case]:
     for name, points in shapes().items():
         if task == "transport" and name == "two close clouds of 160 features":
             continue
-        level = 0.05 * spread(points) or 1.0
+        level = 0.05 * mean_cost(points) or 1.0
         if name.startswith("an outlier"):
-            level = 0.05 * spread(clouds())
+            level = 0.05 * mean_cost(clouds())
         result.append(Case(task=task, name=name, points=points, level=level))
-    level = 0.05 * spread(clouds())
+    level = 0.05 * mean_cost(clouds())
     for name, (points, weights) in weighted().items():
         result.append(Case(task=task, name=name, points=points, weights=weights, level=level))
     for dtype, parts in ((torch.float32, (1e-3, 1e-4, 1e-6)), (torch.float64, (1e-3, 1e-6))):
         for part in parts:
             name = f"epsilon {part:g} of the mean cost, {str(dtype)[6:]}"
             points = clouds(dtype=dtype)
-            result.append(Case(task=task, name=name, points=points, level=part * spread(points)))
+            result.append(Case(task=task, name=name, points=points, level=part * mean_cost(points)))
     points = clouds()
     result.append(
-        Case(task=task, name="epsilon 1e6 mean costs", points=points, level=1e6 * spread(points))
+        Case(task=task, name="epsilon 1e6 mean costs", points=points, level=1e6 * mean_cost(points))
     )
     for dtype in (torch.float16, torch.bfloat16):
         points = clouds(dtype=dtype)
@@ -230,7 +230,7 @@ def transport_cases(task: str) -> list[Case]:
             ("three clouds, offset 1e6", [x + 1e6 for x in clouds(3, 10)]),
             ("three clouds, float16", clouds(3, 10, dtype=torch.float16)),
         ):
-            size = 0.05 * spread(points)
+            size = 0.05 * mean_cost(points)
             result.append(Case(task=task, name=name, points=points, level=size))
         points = clouds(3, 10)
         rows, weights = padded(points, math.nan)
@@ -240,10 +240,10 @@ def transport_cases(task: str) -> list[Case]:
                 name="three clouds, padding of weight 0, NaN",
                 points=rows,
                 weights=weights,
-                level=0.05 * spread(points),
+                level=0.05 * mean_cost(points),
             )
         )
-    for name, (points, own) in broken().items():
+    for name, (points, own) in non_finite().items():
         result.append(
             Case(
                 task=task, name=name, points=points, weights=own, level=level, expected="not finite"
@@ -256,11 +256,11 @@ def mmd_cases() -> list[Case]:
     """Return the cases of MMD."""
     result = []
     for name, points in shapes().items():
-        level = math.sqrt(spread(points) or 1.0)
+        level = math.sqrt(mean_cost(points) or 1.0)
         if name.startswith("an outlier"):
-            level = math.sqrt(spread(clouds()))
+            level = math.sqrt(mean_cost(clouds()))
         result.append(Case(task="mmd", name=name, points=points, level=level))
-    level = math.sqrt(spread(clouds()))
+    level = math.sqrt(mean_cost(clouds()))
     for name, (points, weights) in weighted().items():
         result.append(Case(task="mmd", name=name, points=points, weights=weights, level=level))
     for size in (20, 300):
@@ -272,7 +272,7 @@ def mmd_cases() -> list[Case]:
     for dtype in (torch.float16, torch.bfloat16):
         points = clouds(dtype=dtype)
         result.append(Case(task="mmd", name=str(dtype)[6:], points=points, level=level))
-    for name, (points, own) in broken().items():
+    for name, (points, own) in non_finite().items():
         result.append(
             Case(
                 task="mmd",
@@ -321,8 +321,8 @@ def mixture_cases() -> list[Case]:
         ("8 samples of 64 features", two_clusters(dim=64)[:8], 2, "finite"),
         ("float16", two_clusters(torch.float16), 2, "value"),
         ("bfloat16", two_clusters(torch.bfloat16), 2, "value"),
-        ("a NaN in a sample", changed([x], math.nan)[0], 2, "not finite"),
-        ("an infinity in a sample", changed([x], math.inf)[0], 2, "not finite"),
+        ("a NaN in a sample", replace_one([x], math.nan)[0], 2, "not finite"),
+        ("an infinity in a sample", replace_one([x], math.inf)[0], 2, "not finite"),
     ]
     result = [
         Case(task="mixture", name=name, points=[points], level=count, expected=expected)
@@ -347,14 +347,14 @@ def all_cases() -> list[Case]:
     ]
 
 
-# -- What is right --------------------------------------------------------------------------------
+# -- Expected values ------------------------------------------------------------------------------
 
 
 class Expected(NamedTuple):
-    """The numbers that providers are measured by."""
+    """The right results of a case."""
 
     value: float
-    """Of the divergence, MMD, <T, C>, or the mean log-density of a mixture in units of its data."""
+    """The divergence, MMD, <T, C>, or the mean log-density of a mixture in units of its data."""
     regularised: float
     """<T, C> + epsilon sum T log T."""
     size: float
@@ -362,7 +362,7 @@ class Expected(NamedTuple):
 
 
 def expectation(case: Case) -> Expected:
-    """Compute what is right in float64, or NaN where nothing is."""
+    """Compute the right results in float64; NaN where no value is right."""
     if case.expected != "value":
         return Expected(math.nan, math.nan, math.nan)
     kept = present(case.points, case.weights)
@@ -374,30 +374,30 @@ def expectation(case: Case) -> Expected:
         return Expected(best_log_density(kept[0], int(case.level)), math.nan, math.nan)
     if case.task == "mmd":
         return Expected(reference.mmd(kept, [case.level], weights=masses), math.nan, math.nan)
-    # The cost has no origin, and its unit is taken out: nothing leaves the range.
-    size = spread(case.points, case.weights)
+    # The cost does not depend on the origin; dividing by its unit keeps all numbers in range.
+    size = mean_cost(case.points, case.weights)
     unit = math.sqrt(size) or 1.0
     kept = [(x - kept[0][0]) / unit for x in kept]
     cost, regularised = transport(kept, masses, case.level / unit**2)
     if case.task == "divergence":
-        own = [
+        self_terms = [
             transport([x, x], [w, w], case.level / unit**2)[1]
             for x, w in zip(kept, masses, strict=True)
         ]
-        value = regularised - sum(own) / 2
+        value = regularised - sum(self_terms) / 2
         return Expected(value * unit**2, math.nan, size or 1.0)
     return Expected(cost * unit**2, regularised * unit**2, size or 1.0)
 
 
 def transport(points: list[Array], masses: list[Array], epsilon: float) -> tuple[float, float]:
-    """Return <T, C> and the value with its entropy, of a mean cost of 1."""
+    """Return <T, C> and the value with the entropy term, for points with a mean cost of 1."""
     costs = {
         (i, j): cdist(points[i], points[j], "sqeuclidean")
         for i, j in combinations(range(len(points)), 2)
     }
     cost = reference.dense_cost(costs, [len(x) for x in points])
     if epsilon < 0.005 and cost.any():
-        # Less than epsilon log n above the linear program, far below what counts as wrong.
+        # The cost is at most epsilon log n above that of the linear program, far below `ACCURACY`.
         exact = reference.exact_transport(cost, masses)
         return exact, exact - epsilon * math.log(cost.shape[0])
     plan = reference.transport_plan(cost, masses, epsilon, tolerance=1e-7)
@@ -405,7 +405,7 @@ def transport(points: list[Array], masses: list[Array], epsilon: float) -> tuple
 
 
 def best_log_density(x: Array, count: int) -> float:
-    """Return the mean log-density of the best of many fits, of data in their own units."""
+    """Return the mean log-density of the best of 20 fits to the standardised data."""
     from sklearn.mixture import GaussianMixture
 
     x = standard(x)
@@ -425,7 +425,7 @@ def log_density(case: Case, weights: Array, means: Array, covariances: Array) ->
     if not all(np.isfinite(part).all() for part in (weights, means, covariances)):
         return math.nan
     if case.expected != "value":
-        # There is no right one, but a covariance has no negative eigenvalue.
+        # Any mixture is right whose covariances have no negative eigenvalue.
         lowest = min(np.linalg.eigvalsh(c / np.abs(c).max()).min() for c in covariances)
         return 0.0 if lowest > -1e-6 else math.nan
     unit = math.sqrt(x.var(0).mean())
@@ -443,7 +443,7 @@ def log_density(case: Case, weights: Array, means: Array, covariances: Array) ->
 
 
 def by_torch(case: Case, loss: Callable[[list[Tensor]], Tensor]) -> Answer:
-    """Return the value of a function of the points, with its gradients by autograd."""
+    """Return the value of a loss of the points, with its gradients by autograd."""
     points = [x.clone().requires_grad_() for x in case.points]
     value = loss(points)
     gradients = torch.autograd.grad(value, points, allow_unused=True)
@@ -521,7 +521,7 @@ def ott(case: Case) -> Answer:
     from ott.experimental.mmsinkhorn import MMSinkhorn, MMSinkhornOutput
 
     jax.config.update("jax_enable_x64", case.points[0].dtype == torch.float64)
-    # numpy has no bfloat16
+    # numpy has no bfloat16.
     dtype = {torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}.get(case.points[0].dtype)
     points = tuple(jnp.asarray(x.double().numpy(), dtype or x.numpy().dtype) for x in case.points)
     weights = None
@@ -529,12 +529,12 @@ def ott(case: Case) -> Answer:
         weights = tuple(jnp.asarray(w.numpy()) for w in case.weights)
 
     def call(points: Any) -> tuple[Any, MMSinkhornOutput]:
-        found = MMSinkhorn()(points, weights, epsilon=case.level)
-        return found.ent_reg_cost, found
+        output = MMSinkhorn()(points, weights, epsilon=case.level)
+        return output.ent_reg_cost, output
 
-    (value, found), gradients = jax.value_and_grad(call, has_aux=True)(points)
+    (value, output), gradients = jax.value_and_grad(call, has_aux=True)(points)
     finite = all(bool(jnp.isfinite(g).all()) for g in gradients)
-    return Answer(float(value), finite, "" if bool(found.converged) else "converged=False")
+    return Answer(float(value), finite, "" if bool(output.converged) else "converged=False")
 
 
 def sklearn(case: Case) -> Answer:
@@ -542,7 +542,7 @@ def sklearn(case: Case) -> Answer:
     from sklearn.mixture import GaussianMixture
 
     x = case.points[0]
-    # numpy has no bfloat16
+    # numpy has no bfloat16.
     x = x.float() if x.dtype == torch.bfloat16 else x
     model = GaussianMixture(int(case.level), random_state=0).fit(x.numpy())
     parts = (model.weights_, model.means_, model.covariances_)
@@ -550,7 +550,7 @@ def sklearn(case: Case) -> Answer:
 
 
 def version(package: str) -> str:
-    """Return the version installed."""
+    """Return the installed version of a package."""
     return importlib.metadata.version(package)
 
 
@@ -564,8 +564,8 @@ PROVIDERS: dict[str, tuple[str, Callable[[Case], Answer]]] = {
 }
 
 
-def takes(provider: str, case: Case) -> bool:
-    """Return whether a provider offers what a case asks for."""
+def supports(provider: str, case: Case) -> bool:
+    """Return whether a provider offers the task of a case, with its weights and clouds."""
     tasks, _ = PROVIDERS[provider]
     if case.task not in tasks.split():
         return False
@@ -578,7 +578,7 @@ def takes(provider: str, case: Case) -> bool:
 
 
 def serve(provider: str, pipe: multiprocessing.connection.Connection) -> None:
-    """Answer cases by number until there are no more."""
+    """Receive numbers of cases, and send the answers of a provider."""
     torch.set_num_threads(1)
     _, call = PROVIDERS[provider]
     pipe.send("ready")
@@ -587,20 +587,20 @@ def serve(provider: str, pipe: multiprocessing.connection.Connection) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                value, finite, said = call(all_cases()[number])
-                told = [
+                value, finite, flag = call(all_cases()[number])
+                messages = [
                     str(w.message).split("\n")[0][:200]
                     for w in caught
                     if issubclass(w.category, (UserWarning, RuntimeWarning))
-                    and "requires_grad" not in str(w.message)  # of reading a scalar, not of it
+                    and "requires_grad" not in str(w.message)  # from `float(value)` above
                 ]
-                pipe.send(Answer(value, finite, said or next(iter(told), "")))
+                pipe.send(Answer(value, finite, flag or next(iter(messages), "")))
             except Exception as error:
                 pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
-class Worker:
-    """A process that answers for one provider; a new one after one that does not."""
+class ProviderProcess:
+    """A process that runs the calls of one provider, restarted after one that hangs or crashes."""
 
     def __init__(self, provider: str) -> None:
         self._provider = provider
@@ -614,19 +614,19 @@ class Worker:
         other.close()
         self._pipe.recv()
 
-    def ask(self, number: int) -> Answer | str:
-        """Return the answer, or what happened instead."""
+    def run(self, number: int) -> Answer | str:
+        """Return the answer for a case, or the text of an exception, "hangs" or "crashes"."""
         self._pipe.send(number)
         try:
-            if self._pipe.poll(SECONDS):
+            if self._pipe.poll(TIMEOUT):
                 answer: Answer | str = self._pipe.recv()
                 return answer
-            happened = "hangs"
+            failure = "hangs"
         except EOFError:
-            happened = "crashes"
+            failure = "crashes"
         self.stop()
         self._start()
-        return happened
+        return failure
 
     def stop(self) -> None:
         """End the process."""
@@ -635,8 +635,8 @@ class Worker:
 
 
 def judge(case: Case, expected: Expected, provider: str, answer: Answer | str) -> dict[str, Any]:
-    """Return the fields of a Row that say how good an answer is."""
-    fields = {"said": False, "value": math.nan, "error": math.nan, "detail": ""}
+    """Return the fields of a Row that compare an answer with the expected values."""
+    fields = {"warned": False, "value": math.nan, "error": math.nan, "detail": ""}
     wanted = expected.regularised if provider.startswith("OTT") else expected.value
     fields["expected"] = wanted
     if isinstance(answer, str):
@@ -645,7 +645,7 @@ def judge(case: Case, expected: Expected, provider: str, answer: Answer | str) -
         if raised and case.expected == "not finite":
             outcome = "right"
         return fields | {"outcome": outcome, "detail": answer if raised else ""}
-    fields |= {"said": bool(answer.said), "value": answer.value, "detail": answer.said}
+    fields |= {"warned": bool(answer.warning), "value": answer.value, "detail": answer.warning}
     finite = math.isfinite(answer.value)
     if case.expected == "not finite":
         return fields | {"outcome": "wrong" if finite else "right"}
@@ -665,17 +665,17 @@ def judge(case: Case, expected: Expected, provider: str, answer: Answer | str) -
 
 
 def main() -> None:
-    """Ask every provider, print and write."""
+    """Run every provider on every case, print the rows and write them."""
     torch.set_num_threads(1)
-    workers = {provider: Worker(provider) for provider in PROVIDERS}
+    processes = {provider: ProviderProcess(provider) for provider in PROVIDERS}
     rows = []
     for number, case in enumerate(all_cases()):
         expected = expectation(case)
-        for provider, worker in workers.items():
-            if not takes(provider, case):
+        for provider, process in processes.items():
+            if not supports(provider, case):
                 continue
             began = time.perf_counter()
-            answer = worker.ask(number)
+            answer = process.run(number)
             seconds = time.perf_counter() - began
             row = Row(
                 task=case.task,
@@ -687,12 +687,12 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{row.task:10} {row.case:45} {row.provider:30} {row.outcome:20} "
-                f"{'says so' if row.said else '':8} {row.value:12.5g} {row.expected:12.5g} "
+                f"{'warned' if row.warned else '':8} {row.value:12.5g} {row.expected:12.5g} "
                 f"{row.error:8.1e} {row.seconds:5.1f} s {row.detail}",
                 flush=True,
             )
-    for worker in workers.values():
-        worker.stop()
+    for process in processes.values():
+        process.stop()
     harness.write("hostile", rows)
 
 

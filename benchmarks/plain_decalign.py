@@ -1,9 +1,9 @@
-"""DecAlign's training step as one writes it down in plain torch: what the reference model is up to.
+"""DecAlign's training step in plain torch, as a peer of the reference model.
 
-One module for each modality and pair of modalities, torch's attention and dropout, and losses that
-are their formulas. The transformers come in two forms: "self", those of the reference model, and
-"pairs", those of the authors' released code, which are MulT's: one for each ordered pair of
-modalities, and one of twice the width for what ends in a modality.
+It has one module for each modality and pair of modalities, torch's attention and dropout, and
+losses written as their formulas. The transformers have two forms: "self", those of the reference
+model, and "pairs", those of the authors' released code, which are MulT's: one for each ordered pair
+of modalities, and one of twice the width for each modality, over the outputs of its pairs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PlainDecAlign(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(len(names) * (joint + width), 1))
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return score, unique and common features of all steps, and the latter's means, mapped."""
+        """Return scores, unique and common features of all steps, and the mapped common means."""
         steps = [
             conv(x.transpose(1, 2)).transpose(1, 2)
             for conv, x in zip(self.convs, features, strict=True)
@@ -60,17 +60,17 @@ class PlainDecAlign(nn.Module):
         unique = [encoder(x) for encoder, x in zip(self.unique, steps, strict=True)]
         common = [self.common(x) for x in steps]
         latents = [self.mlp(x.mean(1)) for x in common]
-        entering = unique
+        inputs = unique
         if self.form == "pairs":
             crossed = {
                 pair: transformer(unique[pair[0]], unique[pair[1]])
                 for pair, transformer in zip(self.pairs, self.crossing, strict=True)
             }
-            entering = [
+            inputs = [
                 torch.cat([crossed[pair] for pair in self.pairs if pair[0] == m], -1)
                 for m in range(len(unique))
             ]
-        refined = [t(x, x).mean(1) for t, x in zip(self.transformers, entering, strict=True)]
+        refined = [t(x, x).mean(1) for t, x in zip(self.transformers, inputs, strict=True)]
         return self.head(torch.cat([*refined, *latents], -1)), unique, common, latents
 
 
@@ -111,10 +111,10 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        own = context is x
+        self_attention = context is x
         x, context = self.dropout(x + self.position), self.dropout(context + self.position)
         for block in self.blocks:
-            x = block(x, x if own else context)
+            x = block(x, x if self_attention else context)
         return self.norm(x)
 
 
@@ -123,15 +123,15 @@ class _Block(nn.Module):
         super().__init__()
         self.query_norm, self.key_norm, self.norm = (nn.LayerNorm(width) for _ in range(3))
         self.attention = nn.MultiheadAttention(width, 8, dropout=0.1, batch_first=True)
-        self.grow, self.shrink = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.expand, self.contract = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         keys = self.key_norm(context)
         attended, _ = self.attention(self.query_norm(x), keys, keys, need_weights=False)
         x = x + self.dropout(attended)
-        hidden = self.dropout(functional.relu(self.grow(self.norm(x))))
-        return x + self.dropout(self.shrink(hidden))
+        hidden = self.dropout(functional.relu(self.expand(self.norm(x))))
+        return x + self.dropout(self.contract(hidden))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ from multialign import (
 SKLEARN = f"scikit-learn {importlib.metadata.version('scikit-learn')}"
 PLAIN = "plain torch"
 
-# -- The loss as one writes it down ---------------------------------------------------------------
+# -- The loss in plain torch ----------------------------------------------------------------------
 
 
 def plain_log_joint(x: Tensor, weights: Tensor, means: Tensor, variances: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def plain_log_joint(x: Tensor, weights: Tensor, means: Tensor, variances: Tensor
 
 def plain_fit(x: Tensor, k: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights, means and variances after EM from evenly spaced rows."""
-    weights, means, variances = start(x, k)
+    weights, means, variances = initial_parameters(x, k)
     floor = 1e-6 * x.var(0, correction=0).mean()
     for _ in range(iterations):
         posterior = plain_log_joint(x, weights, means, variances).softmax(-1)
@@ -56,8 +56,8 @@ def plain_fit(x: Tensor, k: int, iterations: int) -> tuple[Tensor, Tensor, Tenso
     return weights, means, variances
 
 
-def start(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return equal weights, evenly spaced rows, and the variances of the data."""
+def initial_parameters(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return equal weights, evenly spaced rows as means, and the variances of the data."""
     rows = torch.linspace(0, len(x) - 1, k).long()
     variance = x.var(0, correction=0)
     variance = variance + 1e-6 * variance.mean()
@@ -65,7 +65,7 @@ def start(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_loss(x: list[Tensor], k: int, epsilon: float, scale: float) -> Tensor:
-    """Return Eq. 9 for three modalities: EM and 50 sweeps on the K x K x K kernel, unrolled."""
+    """Return Eq. 9 for three modalities, with EM and 50 sweeps on the K x K x K kernel unrolled."""
     mixtures = [plain_fit(features, k, iterations=5) for features in x]
 
     def cost(i: int, j: int) -> Tensor:
@@ -92,11 +92,11 @@ def plain_loss(x: list[Tensor], k: int, epsilon: float, scale: float) -> Tensor:
 
 
 def exact_loss(x: list[Tensor], k: int, epsilon: float, scale: float) -> Tensor:
-    """Return what `plain_loss` means to compute, in float64 and with the plan converged."""
+    """Return the formula of `plain_loss` in float64, with a converged plan."""
     x = [features.double() for features in x]
     mixtures = []
     for features in x:
-        weights, means, covariances = start(features, k)
+        weights, means, covariances = initial_parameters(features, k)
         init = GaussianMixture(weights=weights, means=means, covariances=covariances)
         mixtures.append(fit_gaussian_mixture(features, k, init=init, iterations=5, tolerance=0.0))
     costs = {
@@ -119,14 +119,14 @@ def exact_loss(x: list[Tensor], k: int, epsilon: float, scale: float) -> Tensor:
 
 
 def step(loss: Callable[[list[Tensor]], Tensor], x: list[Tensor]) -> Tensor:
-    """Return the loss after forward and backward."""
+    """Run forward and backward; return the loss."""
     value = loss(x)
     torch.autograd.grad(value, x)
     return value.detach()
 
 
 def loss_rows() -> list[Row]:
-    """A training step at the paper's size."""
+    """Measure a training step at the paper's size."""
     n, dim, k, epsilon = 32, 64, 7, 0.1
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(n, dim, generator=generator).requires_grad_() for _ in range(3)]
@@ -174,15 +174,15 @@ def loss_rows() -> list[Row]:
 
 
 def clusters(problems: int, n: int, dim: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return problems `(problems, n, dim)` of k clusters that overlap a little."""
+    """Return problems `(problems, n, dim)` of k clusters that overlap slightly."""
     generator = torch.Generator().manual_seed(0)
     centres = 2 * torch.randn(problems, k, dim, generator=generator, dtype=dtype)
     noise = torch.randn(problems, n, dim, generator=generator, dtype=dtype)
     return centres[:, torch.arange(n) % k] + noise
 
 
-def beginning(x: Tensor, k: int) -> GaussianMixture:
-    """Return the mixture that both start from: the first rows, the data's variances."""
+def initial_mixture(x: Tensor, k: int) -> GaussianMixture:
+    """Return the start of both providers: the first rows as means, the variances of the data."""
     return GaussianMixture(
         weights=x.new_full((len(x), k), 1 / k),
         means=x[:, :k].clone(),
@@ -190,14 +190,14 @@ def beginning(x: Tensor, k: int) -> GaussianMixture:
     )
 
 
-def our_fit(x: Tensor, init: GaussianMixture, iterations: int) -> GaussianMixture:
+def multialign_fit(x: Tensor, init: GaussianMixture, iterations: int) -> GaussianMixture:
     """Fit all problems in one call."""
     k = init.num_components
     with torch.no_grad():
         return fit_gaussian_mixture(x, k, init=init, iterations=iterations, tolerance=0.0)
 
 
-def their_fit(x: Tensor, init: GaussianMixture, iterations: int) -> list[SklearnMixture]:
+def sklearn_fit(x: Tensor, init: GaussianMixture, iterations: int) -> list[SklearnMixture]:
     """Fit one problem after the other."""
     models = []
     for b in range(len(x)):
@@ -217,13 +217,13 @@ def their_fit(x: Tensor, init: GaussianMixture, iterations: int) -> list[Sklearn
 
 
 def fit_rows() -> list[Row]:
-    """Twenty steps of EM from the same start."""
+    """Measure twenty steps of EM from the same start."""
     rows = []
     for problems, n, dim, k in ((1, 10_000, 64, 10), (64, 500, 64, 10), (64, 500, 8, 4)):
         for dtype in (torch.float64, torch.float32):
             x = clusters(problems, n, dim, k, dtype)
-            init = beginning(x, k)
-            exact = our_fit(
+            init = initial_mixture(x, k)
+            exact = multialign_fit(
                 x.double(),
                 GaussianMixture(
                     weights=init.weights.double(),
@@ -233,13 +233,13 @@ def fit_rows() -> list[Row]:
                 20,
             )
             exact_mean = exact.log_prob(x.double()).mean().item()
-            ours = our_fit(x, init, 20).log_prob(x).mean().item()
-            theirs = [m.score(x[b].numpy()) for b, m in enumerate(their_fit(x, init, 20))]
-            errors = {"multialign": ours, SKLEARN: sum(theirs) / problems}
+            ours = multialign_fit(x, init, 20).log_prob(x).mean().item()
+            theirs = [m.score(x[b].numpy()) for b, m in enumerate(sklearn_fit(x, init, 20))]
+            log_likelihoods = {"multialign": ours, SKLEARN: sum(theirs) / problems}
             times = harness.alternate(
                 {
-                    "multialign": partial(our_fit, x, init, 20),
-                    SKLEARN: partial(their_fit, x, init, 20),
+                    "multialign": partial(multialign_fit, x, init, 20),
+                    SKLEARN: partial(sklearn_fit, x, init, 20),
                 },
                 repetitions=7,
             )
@@ -250,42 +250,42 @@ def fit_rows() -> list[Row]:
                     provider=name,
                     **harness.quantiles(times[name]),
                     peak_mib=math.nan,
-                    error=abs(errors[name] / exact_mean - 1),
+                    error=abs(log_likelihoods[name] / exact_mean - 1),
                 )
                 for name in times
             ]
     return rows
 
 
-def our_gradient(x: Tensor, iterations: int) -> Tensor:
-    """Differentiate the means through all steps."""
-    init = beginning(x.detach(), 10)
+def multialign_gradient(x: Tensor, iterations: int) -> Tensor:
+    """Differentiate the means through all EM steps with multialign."""
+    init = initial_mixture(x.detach(), 10)
     mixture = fit_gaussian_mixture(x, 10, init=init, iterations=iterations, tolerance=0.0)
     return torch.autograd.grad(mixture.means.square().sum(), x)[0]
 
 
 def plain_gradient(x: Tensor, iterations: int) -> Tensor:
-    """Do the same by autograd."""
+    """Differentiate the means through all EM steps with autograd."""
     _, means, _ = plain_fit(x[0], 10, iterations)
     return torch.autograd.grad(means.square().sum(), x)[0]
 
 
-def gradient_work(
+def prepare_gradient(
     gradient: Callable[[Tensor, int], Tensor], iterations: int
 ) -> Callable[[], Tensor]:
-    """Return the work, after a small one that loads what is needed."""
+    """Return a call of `gradient`, after one on a small problem that loads all code."""
     gradient(clusters(1, 100, 64, 10, torch.float32).requires_grad_(), 2)
     x = clusters(1, 10_000, 64, 10, torch.float32).requires_grad_()
     return partial(gradient, x, iterations)
 
 
 def gradient_rows() -> list[Row]:
-    """Time and memory of the derivative through all steps, as they grow."""
+    """Measure time and memory of the derivative, for a growing number of EM steps."""
     rows = []
     for iterations in (5, 20, 80):
-        providers = {"multialign": our_gradient, PLAIN: plain_gradient}
+        providers = {"multialign": multialign_gradient, PLAIN: plain_gradient}
         if iterations > 20:
-            del providers[PLAIN]  # gigabytes
+            del providers[PLAIN]  # it would take gigabytes of memory
         x = clusters(1, 10_000, 64, 10, torch.float32).requires_grad_()
         times = harness.alternate(
             {name: partial(gradient, x, iterations) for name, gradient in providers.items()},
@@ -297,7 +297,7 @@ def gradient_rows() -> list[Row]:
                 size=f"N = 10000, D = 64, K = 10, {iterations} steps",
                 provider=name,
                 **harness.quantiles(times[name]),
-                peak_mib=harness.peak_mib(gradient_work, gradient, iterations),
+                peak_mib=harness.peak_mib(prepare_gradient, gradient, iterations),
                 error=math.nan,
             )
             for name, gradient in providers.items()
@@ -306,7 +306,7 @@ def gradient_rows() -> list[Row]:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print the rows and write them."""
     torch.set_num_threads(1)
     with threadpool_limits(1):
         rows = loss_rows() + fit_rows() + gradient_rows()

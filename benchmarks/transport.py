@@ -1,8 +1,8 @@
 """Transport against OTT-JAX, POT, geomloss and plain sweeps: time, memory and growth.
 
-``python -m benchmarks.transport`` takes some minutes. Every call goes from points to potentials, on
-the same problem and to the same marginal error (L1, summed over the marginals). multialign and POT
-run on one thread; JAX takes all cores.
+``python -m benchmarks.transport`` takes some minutes. Every call goes from points to potentials.
+All providers solve the same problem to the same marginal error (L1, summed over the marginals).
+multialign and POT run on one thread; JAX uses all cores.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from multialign import (
 OTT = f"OTT-JAX {importlib.metadata.version('ott-jax')} MMSinkhorn (jit)"
 POT = f"POT {importlib.metadata.version('POT')} sinkhorn_log"
 GEOMLOSS = f"geomloss {importlib.metadata.version('geomloss')} (tensorized)"
-# OTT's default: this part of the standard deviation of the cost tensor.
+# OTT's default epsilon, relative to the standard deviation of the cost tensor.
 RELATIVE_EPSILON = 0.05
-# Problems of each size.
+# Number of problems of each size.
 SEEDS = 8
 
 Call = Callable[[], Any]
 
 
 def clouds(size: int, count: int, dtype: torch.dtype, dim: int = 16, seed: int = 0) -> list[Tensor]:
-    """Return Gaussian clouds, each 0.5 further along every axis."""
+    """Return Gaussian clouds; the means of successive clouds differ by 0.5 in every feature."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, size, dim, generator=generator, dtype=torch.float64)
     return [(draw() + 0.5 * m).to(dtype) for m in range(count)]
@@ -71,7 +71,7 @@ def costs(points: list[Tensor], graph: str = "complete") -> dict[tuple[int, int]
 def deviation(points: list[Tensor]) -> float:
     """Return the standard deviation of the cost tensor, without building it.
 
-    Costs of pairs that share a variable are correlated through what depends on it alone.
+    Costs of pairs that share a variable are correlated through their means over the other variable.
     """
     total = 0.0
     means = [torch.zeros(len(x), dtype=torch.float64) for x in points]
@@ -91,7 +91,7 @@ def solve(
     method: str = "auto",
     max_iterations: int = 2000,
 ) -> TransportSolution:
-    """Solve by multialign."""
+    """Solve with multialign."""
     uniform = [x.new_full((len(x),), 1 / len(x)) for x in points]
     return multi_marginal_sinkhorn(
         costs(points, graph),
@@ -104,15 +104,15 @@ def solve(
 
 
 def ott_solver(points: list[Tensor], epsilon: float, tolerance: float) -> Call:
-    """Return a call of OTT's solver, compiled."""
+    """Return a call of OTT's compiled solver."""
     arrays = [jnp.asarray(x.numpy()) for x in points]
     solver = MMSinkhorn(threshold=tolerance, max_iterations=2000)
-    solve_them = jax.jit(lambda x: solver(x, epsilon=epsilon))
-    return lambda: jax.block_until_ready(solve_them(arrays))
+    compiled = jax.jit(lambda x: solver(x, epsilon=epsilon))
+    return lambda: jax.block_until_ready(compiled(arrays))
 
 
 def prepare_ours(size: int, count: int, graph: str, double: bool, tolerance: float) -> Call:
-    """Return a call on a new problem, after a small one that loads what is needed."""
+    """Return a call of multialign, after a small one that loads all code."""
     dtype = torch.float64 if double else torch.float32
     small, points = clouds(40, count, dtype), clouds(size, count, dtype)
     solve(small, RELATIVE_EPSILON * deviation(small), 1e-3, graph)
@@ -120,7 +120,7 @@ def prepare_ours(size: int, count: int, graph: str, double: bool, tolerance: flo
 
 
 def prepare_ott(size: int, count: int, double: bool, tolerance: float) -> Call:
-    """Return the same for OTT, compiled for this size."""
+    """Return a call of OTT's solver, compiled for this size."""
     jax.config.update("jax_enable_x64", double)
     points = clouds(size, count, torch.float64 if double else torch.float32)
     call = ott_solver(points, RELATIVE_EPSILON * deviation(points), tolerance)
@@ -129,10 +129,10 @@ def prepare_ott(size: int, count: int, double: bool, tolerance: float) -> Call:
 
 
 def against_ott() -> list[Row]:
-    """Three marginals, complete graph, OTT's default epsilon.
+    """Measure three marginals in a complete graph at OTT's default epsilon.
 
-    How many iterations a problem takes OTT is a matter of luck (40 to 2000 here), so each size is
-    measured on several.
+    OTT's number of iterations varies widely between problems (40 to 2000 here), so each size is
+    measured on several problems.
     """
     rows = []
     for double, sizes in ((False, (7, 16, 32, 64, 128, 256)), (True, (7, 16, 32, 64))):
@@ -147,17 +147,17 @@ def against_ott() -> list[Row]:
                 exact = solve([x.double() for x in points], epsilon, 1e-10).value.item()
                 peer = ott_solver(points, epsilon, tolerance)
                 ours = partial(solve, points, epsilon, tolerance)
-                taken = harness.alternate(
+                measured = harness.alternate(
                     {"multialign": ours, OTT: peer}, repetitions=9 if size <= 64 else 2
                 )
-                found = peer()
-                values = {"multialign": ours().value.item(), OTT: float(found.ent_reg_cost)}
+                output = peer()
+                values = {"multialign": ours().value.item(), OTT: float(output.ent_reg_cost)}
                 for name, value in values.items():
-                    times[name].append(statistics.median(taken[name]))
+                    times[name].append(statistics.median(measured[name]))
                     errors[name].append(abs(value / exact - 1))
-                if not bool(found.converged):
-                    # It says so only where the last of its checks came early enough.
-                    print(f"OTT at K = {size}: {int(found.n_iters)} iterations")
+                if not bool(output.converged):
+                    # The flag is that of the last check, which may precede the last iteration.
+                    print(f"OTT at K = {size}: {int(output.n_iters)} iterations")
             ratios = [b / a for a, b in zip(times["multialign"], times[OTT], strict=True)]
             print(
                 f"K = {size}: OTT takes {statistics.median(ratios):.2g} times as long "
@@ -181,8 +181,8 @@ def against_ott() -> list[Row]:
     return rows
 
 
-def alone() -> list[Row]:
-    """Problems whose dense tensor does not fit, or takes more than anyone would wait for."""
+def large_problems() -> list[Row]:
+    """Measure problems whose dense tensor does not fit in memory, or would take too long."""
     cases = [
         ("complete", 3, 512),
         ("complete", 3, 1024),
@@ -199,13 +199,13 @@ def alone() -> list[Row]:
         points = clouds(size, count, torch.float32)
         ours = partial(solve, points, RELATIVE_EPSILON * deviation(points), 1e-3, graph)
         times = harness.alternate({"multialign": ours}, repetitions=1)["multialign"]
-        found = ours()
-        assert found.converged
+        solution = ours()
+        assert solution.converged
         rows.append(
             Row(
                 case="float32 to 1e-3",
                 size=f"{graph}, M = {count}, K = {size}",
-                provider=f"multialign, {int(found.iterations)} steps",
+                provider=f"multialign, {int(solution.iterations)} steps",
                 **harness.quantiles(times),
                 peak_mib=harness.peak_mib(prepare_ours, size, count, graph, False, 1e-3),
                 error=math.nan,
@@ -215,35 +215,35 @@ def alone() -> list[Row]:
 
 
 def small_epsilon() -> list[Row]:
-    """Newton against plain sweeps where epsilon is small.
+    """Measure Newton steps against plain sweeps at a small epsilon.
 
-    How many sweeps a problem takes is a matter of luck, so each size is measured on several.
+    The number of sweeps varies widely between problems, so each size is measured on several.
     """
     rows = []
     for size in (7, 16, 64):
         times: dict[str, list[float]] = {"newton": [], "sinkhorn": []}
-        found: dict[str, list[TransportSolution]] = {name: [] for name in times}
+        solutions: dict[str, list[TransportSolution]] = {name: [] for name in times}
         errors: dict[str, list[float]] = {name: [] for name in times}
         for seed in range(SEEDS):
             points = clouds(size, 3, torch.float64, seed=seed)
             epsilon = 0.005 * sum(cost.mean().item() for cost in costs(points).values())
             exact = solve(points, epsilon, 1e-10).value.item()
-            for name, limit, turns in (("newton", 2000, 3), ("sinkhorn", 20_000, 1)):
+            for name, limit, repetitions in (("newton", 2000, 3), ("sinkhorn", 20_000, 1)):
                 call = partial(solve, points, epsilon, 1e-6, method=name, max_iterations=limit)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ConvergenceWarning)
-                    taken = harness.alternate({name: call}, repetitions=turns)[name]
-                    found[name].append(call())
-                times[name].append(statistics.median(taken))
-                errors[name].append(abs(found[name][-1].value.item() / exact - 1))
+                    measured = harness.alternate({name: call}, repetitions=repetitions)[name]
+                    solutions[name].append(call())
+                times[name].append(statistics.median(measured))
+                errors[name].append(abs(solutions[name][-1].value.item() / exact - 1))
         ratios = [b / a for a, b in zip(times["newton"], times["sinkhorn"], strict=True)]
         print(
             f"K = {size}: sweeps take {statistics.median(ratios):.0f} times as long "
             f"({min(ratios):.1f} to {max(ratios):.0f})"
         )
-        for name, solutions in found.items():
-            steps = [int(solution.iterations) for solution in solutions]
-            converged = sum(bool(solution.converged) for solution in solutions)
+        for name, group in solutions.items():
+            steps = [int(solution.iterations) for solution in group]
+            converged = sum(bool(solution.converged) for solution in group)
             rows.append(
                 Row(
                     case=f"three marginals, epsilon = 0.005 of the mean cost, float64 to 1e-6, "
@@ -268,7 +268,7 @@ def marginal_error(points: list[Tensor], f: Tensor, g: Tensor, epsilon: float) -
 
 
 def two_marginals() -> list[Row]:
-    """Two marginals against POT and geomloss, each at the error that the peer reaches."""
+    """Measure two marginals against POT and geomloss, each at the error that the peer reaches."""
     size, rows = 1000, []
     points = clouds(size, 2, torch.float64)
     epsilon = RELATIVE_EPSILON * costs(points)[(0, 1)].std().item()
@@ -283,7 +283,7 @@ def two_marginals() -> list[Row]:
         )  # fmt: skip
         return plan, log
 
-    # Its cost is |x - y|^2 / 2, its epsilon blur^2.
+    # geomloss's cost is |x - y|^2 / 2, and its epsilon is blur^2.
     divergence = geomloss.SamplesLoss(
         "sinkhorn", blur=math.sqrt(epsilon / 2), scaling=0.9, debias=False, potentials=True,
         backend="tensorized",
@@ -316,10 +316,10 @@ def two_marginals() -> list[Row]:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print the rows and write them."""
     torch.set_num_threads(1)
     rows = []
-    for part in (against_ott, alone, small_epsilon, two_marginals):
+    for part in (against_ott, large_problems, small_epsilon, two_marginals):
         for row in part():
             harness.show(row)
             rows.append(row)

@@ -1,4 +1,4 @@
-"""Configuration of the documentation. Building it needs no network."""
+"""Configuration of the documentation. The build needs no network."""
 
 import csv
 import inspect
@@ -53,16 +53,16 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
 
-# `ProcessGroup` is a name in quotes, since some builds of torch have no such class. Signatures that
-# mention it can be evaluated only where the name means the class.
+# Annotations name `ProcessGroup` in quotes, since some builds of torch have no such class. To
+# evaluate these signatures, autodoc needs the name in each module.
 for module in list(sys.modules.values()):
     if module.__name__.startswith("multialign") and hasattr(module, "ProcessGroup"):
         module.ProcessGroup = torch.distributed.ProcessGroup
 
 # -- Links ----------------------------------------------------------------------------------------
-# The inventories of the other projects' pages hold what these pages refer to and nothing else, a
-# line each: "name domain:role priority address text", with $ for the name. A reference that is
-# missing there is a warning, and so an error, of the build.
+# The inventories hold only the names of other projects that these pages refer to, one on each line:
+# "name domain:role priority address text", with $ for the name. A reference that is missing there
+# gives a warning, which fails the build.
 SITES = {
     "numpy": "https://numpy.org/doc/stable",
     "python": "https://docs.python.org/3",
@@ -72,7 +72,7 @@ GENERATED = Path(__file__).parent / "_generated"
 
 
 def write_inventory(name):
-    """Compress an inventory, and return where it is now."""
+    """Compress an inventory, and return the path of the compressed file."""
     here = Path(__file__).parent
     GENERATED.mkdir(exist_ok=True)
     path = GENERATED / f"{name}.inv"
@@ -89,7 +89,7 @@ def write_inventory(name):
 
 intersphinx_mapping = {name: (site, write_inventory(name)) for name, site in SITES.items()}
 
-# Built by GitHub, the pages link to the lines of the commit; elsewhere to a copy of the source.
+# On GitHub, the pages link to the lines of the commit; elsewhere to a copy of the source.
 if "GITHUB_SHA" in os.environ:
     extensions.append("sphinx.ext.linkcode")
 else:
@@ -134,10 +134,10 @@ def gallery_order(name):
 
 
 def reset(conf, name):
-    """Give every script the same start, whatever ran before it."""
+    """Give every script the same initial state, independent of the scripts before it."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(1)  # these tensors are small: a second thread would be waited for
+    torch.set_num_threads(1)  # these tensors are too small to gain from a second thread
     random.seed(0)
     matplotlib.rcParams.update(
         {
@@ -175,7 +175,7 @@ sphinx_gallery_conf = {
 }
 
 # -- Formulas -------------------------------------------------------------------------------------
-# One file holds MathJax, its SVG output and its fonts, so nothing else is loaded to show a formula.
+# One file holds MathJax, its SVG output and its fonts; formulas load nothing else.
 mathjax_path = "tex-svg.js"
 mathjax3_config = {
     "options": {"enableMenu": False},
@@ -189,7 +189,7 @@ bibtex_default_style = "author_year_list"
 
 
 class AuthorYearLabels(BaseLabelStyle):
-    """Labels such as "Feydy et al., 2019"."""
+    """Labels of the form "Feydy et al., 2019"."""
 
     def format_labels(self, sorted_entries):
         for entry in sorted_entries:
@@ -217,12 +217,12 @@ html_copy_source = False
 
 
 def hide_constructor(app, what, name, obj, options, signature, return_annotation):
-    """Leave out the signature of what is only returned, never built by the user."""
+    """Leave out the signature of a class whose objects a user never creates."""
     return ("", None) if name == "multialign.TransportSolution" else None
 
 
 def write_benchmarks(app):
-    """Make a table of each recorded benchmark; the first provider of a size is the measure."""
+    """Write a table for each recorded benchmark, with ratios to the first provider of each size."""
     here = Path(app.srcdir)
     (here / "_generated").mkdir(exist_ok=True)
     write_gpu_benchmark(here)
@@ -245,7 +245,7 @@ def write_benchmarks(app):
                 times = [f"{float(row[name]):,.0f}" for name in ("milliseconds", "low", "high")]
             cells = [row["case"].split(";")[0], row["size"], row["provider"]]
             cells += ["{} ({} to {})".format(*times), f"{ratio:.2f}"]
-            # A peak below that of the empty process is rounding of the pages it has.
+            # A negative peak is rounding to whole pages.
             peak = f"{max(float(row['peak_mib']), 0.0):.0f}" if row["peak_mib"] != "nan" else "nan"
             cells += [peak, f"{float(row['error']):.0e}"]
             table.append(["" if cell == "nan" else cell for cell in cells])
@@ -262,11 +262,11 @@ def write_benchmarks(app):
 
 
 def write_gpu_benchmark(here):
-    """Make a table of what `make bench-gpu` recorded, or say that nothing is."""
+    """Write a table of the results of `make bench-gpu`, or a note that there are none."""
     path = here.parent / "benchmarks" / "results" / "gpu.csv"
     target = here / "_generated" / "gpu.rst"
     if not path.exists():
-        target.write_text("No run is recorded yet: there was no card to measure on.\n")
+        target.write_text("No run is recorded: there was no GPU to measure on.\n")
         return
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -304,7 +304,7 @@ HOSTILE = {
 
 
 def write_hostile(here):
-    """Make a table of each task of benchmarks.hostile, a column each provider."""
+    """Write a table for each task of benchmarks.hostile, with a column for each provider."""
     with (here.parent / "benchmarks" / "results" / "hostile.csv").open() as file:
         rows = list(csv.DictReader(file))
     lines = []
@@ -336,19 +336,19 @@ def write_hostile(here):
 
 
 def hostile_verdict(row):
-    """Say in a few words what a provider made of a case."""
-    said = ", and says so" if row["said"] == "True" else ""
+    """Return the outcome of a case in a few words."""
+    warned = ", and says so" if row["warned"] == "True" else ""
     if row["outcome"] == "right":
-        return "right, warns" if said and row["error"] != "nan" else "right"
+        return "right, warns" if warned and row["error"] != "nan" else "right"
     if row["outcome"] == "wrong" and row["error"] == "nan":
-        return f"**{float(row['value']):.2g}**{said}"
+        return f"**{float(row['value']):.2g}**{warned}"
     if row["outcome"] == "wrong":
         error = float(row["error"])
         size = f"{error:.1%}" if error < 1 else f"{error:.0e}" if error > 1000 else f"{error:.0%}"
-        return f"**off by {size}**{said}"
+        return f"**off by {size}**{warned}"
     if row["outcome"] == "raises":
         return f"**raises** {row['detail'].split(':')[0]}"
-    return f"**{row['outcome']}**{said}"
+    return f"**{row['outcome']}**{warned}"
 
 
 def setup(app):

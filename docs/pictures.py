@@ -1,7 +1,7 @@
 """The pictures of the losses and of the benchmark, as SVG for light and dark pages.
 
-``python docs/pictures.py`` writes those that the README shows into ``docs/_static``; the
-documentation makes its own with every build.
+``python docs/pictures.py`` writes the README's pictures into ``docs/_static``; every build of the
+documentation draws its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "distribution_matching.csv"
 TRANSPORT = RESULTS.with_name("transport.csv")
 BLUE, ORANGE, GREEN, GREY = "#2a85c7", "#e69f00", "#1a9e77", "#888888"
 STYLE = {
-    "svg.hashsalt": "multialign",  # the same picture is the same file
+    "svg.hashsalt": "multialign",  # the same picture gives the same file
     "svg.fonttype": "path",
     "font.size": 9,
     "text.color": GREY,
@@ -45,7 +45,7 @@ STYLE = {
 
 
 def decoupling(axes: Axes) -> None:
-    """Draw the unique feature of some samples before and after descent on the loss."""
+    """Draw the unique features of some samples before and after gradient descent on the loss."""
     torch.manual_seed(0)
     angles = torch.linspace(0.25, 1.2, 5)
     common = torch.tensor([[1.0, 0.0]]).expand(5, 2)
@@ -95,7 +95,7 @@ def moments(axes: Axes) -> None:
 
 
 def mmd(axes: Axes) -> None:
-    """Draw the witness function: where one cloud has more mass than the other, at a bandwidth."""
+    """Draw the witness function, the difference of the two clouds' kernel densities."""
     torch.manual_seed(0)
     angle = 2 * math.pi * torch.rand(100, 1)
     ring = torch.cat([angle.cos(), angle.sin()], 1) * 1.6 + 0.15 * torch.randn(100, 2)
@@ -139,7 +139,7 @@ def prototypes(axes: Axes) -> None:
 
 
 def sinkhorn(axes: Axes) -> None:
-    """Draw three clouds and, from each point of one, the triple that holds most of its mass."""
+    """Draw three clouds, and for each point of the first the triple with most of its mass."""
     torch.manual_seed(2)
     base = 0.75 * torch.randn(26, 2)
     shifts = ((-1.7, -1.0), (1.7, -1.0), (0.0, 1.9))
@@ -164,7 +164,7 @@ PICTURES: Mapping[str, tuple[str, Callable[[Axes], None]]] = {
 
 
 def bare(axes: Axes) -> None:
-    """Take everything but the content away."""
+    """Remove ticks and spines."""
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
 
@@ -237,7 +237,7 @@ def transport_benchmark() -> Figure:
 
 
 def save(figure: Figure, path: Path, description: str = "") -> None:
-    """Write a figure without background, and without a date that would change with every run."""
+    """Write a figure without background or date, so that equal figures give equal files."""
     metadata = {"Date": None, "Creator": None, "Description": description or None}
     figure.savefig(path, transparent=True, metadata=metadata)
 
@@ -250,7 +250,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_readme_pictures(folder: Path) -> None:
-    """Write the pictures of the README; that of the benchmark names the table it was made from."""
+    """Write the README's pictures; those of benchmarks contain the hash of their table."""
     with mpl.rc_context(STYLE):
         save(overview(), folder / "overview.svg")
         for name, draw, table in (

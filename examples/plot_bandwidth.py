@@ -1,9 +1,10 @@
 r"""The bandwidth of MMD
 ====================
 
-The bandwidth :math:`\sigma` of the Gaussian kernel is a length: at about that scale `MMDLoss` sees.
-Too small, and every sample is alone; too large, and only the means are compared. What matters in
-training is the gradient, and it is that which dies first.
+The bandwidth :math:`\sigma` of the Gaussian kernel is a length, and `MMDLoss` is sensitive to
+differences at about that scale. With a bandwidth that is too small, every sample is far from all
+others; with one that is too large, the loss compares means only. Training needs the gradient, which
+vanishes between distant clouds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from multialign import mmd_loss
 # %%
 # Two clouds, moved apart
 # -----------------------
-# Two normal clouds of spread 1 in 8 dimensions, at growing distance. Drawn is the pull on the
+# Two normal clouds of spread 1 in 8 dimensions are moved apart. The figure shows the pull on the
 # second cloud: the derivative of the loss along the line between the two.
 
 N, D = 256, 8
@@ -45,14 +46,14 @@ def pull(distance: Tensor, bandwidth: float | list[float] | str) -> float:
 pulls = {name: [pull(d, choice) for d in distances] for name, choice in CHOICES.items()}
 
 # %%
-# A training run in small
-# -----------------------
-# The second cloud starts 30 away and follows Adam, which makes up for gradients that are small but
-# not for gradients that are zero.
+# A small training run
+# --------------------
+# The second cloud starts at a distance of 30 and follows Adam, which compensates for gradients that
+# are small, but not for gradients that are zero.
 
 
 def approach(bandwidth: float | list[float] | str, steps: int = 150) -> list[float]:
-    """Return the distance of the means over the steps of Adam on the second cloud."""
+    """Return the distance of the means at each step of Adam on the second cloud."""
     cloud = y.clone()
     cloud[:, 0] += 30.0
     cloud.requires_grad_()
@@ -73,14 +74,14 @@ for name, path in paths.items():
 # %%
 # How to choose
 # -------------
-# A fixed bandwidth pulls only while the distance is a few times its size: at 0.5, in 8 dimensions
-# where two samples of *one* cloud are 4 apart, hardly anywhere. Several bandwidths, each four times
-# the last, cover all scales. "median" takes the median distance of the pooled samples, and so
-# follows the clouds as they move; it is a number to the gradient. Since it is different in every
-# step, values of the loss cannot be compared between steps.
+# A fixed bandwidth pulls only up to a distance of a few times its size. At 0.5 it hardly pulls at
+# any distance, since two samples of *one* cloud are 4 apart in 8 dimensions. Several bandwidths,
+# each four times the previous one, cover all scales. "median" is the median distance of the pooled
+# samples, which changes with the clouds. It has no gradient, and since it differs in every step,
+# values of the loss cannot be compared between steps.
 #
-# Near 0 the choice matters as well: the larger bandwidths compare little more than means there, and
-# values below the noise of the estimate (256 samples) mean nothing.
+# The choice also matters near 0: the larger bandwidths compare little more than means there, and
+# values below the noise of the estimate (256 samples) have no meaning.
 
 COLOURS = ("#56B4E9", "#0072B2", "#004060", "#D55E00", "#009E73")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4))

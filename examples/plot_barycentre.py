@@ -1,9 +1,9 @@
 """Barycentres of three clouds, by a star
 ======================================
 
-A Wasserstein barycentre is the cloud nearest to several others at once :cite:p:`agueh:11`. With the
-unknown cloud in the centre of a star, its cost is that of one multi-marginal problem, and the plan
-of that problem says where its points should go.
+A Wasserstein barycentre is the cloud with the smallest weighted sum of transport costs to several
+others :cite:p:`agueh:11`. With the unknown cloud in the centre of a star, this sum is the cost of
+one multi-marginal problem, and the plan of that problem gives new places for its points.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multialign import multi_marginal_sinkhorn, squared_euclidean_cost
 # %%
 # Three shapes
 # ------------
-# A ring, a cross and a heart, of N points each.
+# The shapes are a ring, a cross and a heart, of N points each.
 
 N = 80
 t = 2 * math.pi * torch.arange(N) / N
@@ -43,8 +43,8 @@ shapes = shapes - shapes.mean(1, keepdim=True)
 # %%
 # Fifteen barycentres at once
 # ---------------------------
-# The weights :math:`\lambda_i` of the three shapes run over a triangle. Each choice is a problem of
-# its own, and a leading dimension holds them all: one call solves fifteen.
+# The weights :math:`\lambda_i` of the three shapes run over a triangle. Each choice is a separate
+# problem. A leading dimension holds all fifteen, and one call solves them.
 
 corners = 4
 weights = torch.tensor(
@@ -53,14 +53,14 @@ weights = torch.tensor(
 
 
 def move(cloud: Tensor, epsilon: float) -> Tensor:
-    """Send each point of the `(15, N, 2)` clouds to the mean of what its star couples it with."""
+    """Move each point of the `(15, N, 2)` clouds to the weighted mean of its images."""
     costs = {
         (0, i + 1): weights[:, i, None, None]
         * squared_euclidean_cost(cloud, shapes[i].expand_as(cloud))
         for i in range(3)
     }
     uniform = torch.full((len(weights), N), 1 / N)
-    # Updates need no more than a rough plan.
+    # A rough plan is enough for an update.
     solution = multi_marginal_sinkhorn(
         costs, [uniform] * 4, epsilon, tolerance=1e-2, method="sinkhorn"
     )
@@ -69,9 +69,9 @@ def move(cloud: Tensor, epsilon: float) -> Tensor:
 
 
 # %%
-# Each step replaces the points by the weighted mean of their images under the plan, which is the
-# exact minimiser for that plan :cite:p:`cuturi:14`. Eight steps from one start, with
-# :math:`\epsilon` falling from wide to sharp, is all there is to it.
+# Each step replaces a point by the weighted mean of its images under the plan, which is the exact
+# minimiser for that plan :cite:p:`cuturi:14`. Eight steps from the same start are enough, with a
+# falling :math:`\epsilon`.
 
 torch.manual_seed(0)
 cloud = 0.3 * torch.randn(N, 2).expand(len(weights), N, 2)
@@ -79,12 +79,12 @@ for step in range(8):
     cloud = move(cloud, epsilon=0.1 * 0.7**step)
 
 # %%
-# The same could be had by gradient descent on ``multi_marginal_sinkhorn_loss([cloud, *shapes],
-# graph="star")``, as one would train a network that makes the cloud; the fixed point is faster
-# where the points themselves are the unknown.
+# Gradient descent on ``multi_marginal_sinkhorn_loss([cloud, *shapes], graph="star")`` would give
+# the same cloud, and could also train a network that generates it. If the points themselves are the
+# unknowns, the fixed-point iteration is faster.
 #
-# The entropy term pulls a barycentre together a little: at a corner, where one shape has all the
-# weight, the cloud is that shape, shrunk by an amount that vanishes with :math:`\epsilon`.
+# The entropy term shrinks a barycentre a little. At a corner, where one shape has all the weight,
+# the cloud is that shape, shrunk by an amount that vanishes with :math:`\epsilon`.
 
 corner = cloud[0] - cloud[0].mean(0)
 print(f"radius of the ring: 1, of its barycentre at the corner: {corner.norm(dim=1).mean():.3f}")

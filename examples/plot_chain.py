@@ -1,9 +1,9 @@
 """A chain of marginals over time
 ==============================
 
-A population is seen at six times, each time other individuals: snapshots without tracks. Which part
-of the first snapshot became which part of the last? Comparing the two directly can only guess by
-distance. A chain of marginals goes through the snapshots between.
+A population is observed at six times, with different individuals each time: snapshots without
+tracks. Which part of the first snapshot became which part of the last? A direct comparison of the
+two can only use their distance. A chain of marginals also uses the snapshots between them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from multialign import MultiMarginalSinkhornLoss
 # %%
 # Three groups on a carousel
 # --------------------------
-# Three groups turn by 40° from one snapshot to the next, 200° in all. New samples are drawn at
-# every time, and the numbers differ. The group is drawn as colour and is never shown to the solver.
+# Three groups turn by 40° from one snapshot to the next, 200° in all. Each snapshot has new
+# samples, and their numbers differ. The figure shows the group as colour; the solver does not see
+# it.
 
 TIMES, TURN, PER_GROUP = 6, 40.0, (14, 16, 18, 15, 17, 16)
 torch.manual_seed(0)
@@ -28,7 +29,7 @@ START = (90.0, 210.0, 330.0)
 
 
 def snapshot(time: int) -> tuple[Tensor, Tensor]:
-    """Return the points seen at one time, and the group of each."""
+    """Return the points observed at one time, and the group of each."""
     n = PER_GROUP[time]
     groups = torch.arange(3).repeat_interleave(n)
     angle = torch.deg2rad(torch.tensor(START)[groups] + TURN * time)
@@ -42,35 +43,34 @@ points, groups = zip(*(snapshot(time) for time in range(TIMES)), strict=True)
 # A chain, and its two ends
 # -------------------------
 # `MultiMarginalSinkhornLoss` with ``graph="chain"`` puts a cost between each snapshot and the next.
-# ``solve`` returns the plan over all six, from which the table of the two ends follows: never was a
-# table built that is larger than two snapshots.
+# ``solve`` returns the plan over all six, whose marginal of the two ends is a table. No table over
+# more than two snapshots is built.
 
 chain = MultiMarginalSinkhornLoss(graph="chain", epsilon=0.02).solve(points)
 ends = chain.pairwise_marginal(0, TIMES - 1)
 direct = MultiMarginalSinkhornLoss(epsilon=0.02).solve([points[0], points[-1]])
-guess = direct.pairwise_marginal(0, 1)
+direct_ends = direct.pairwise_marginal(0, 1)
 
 
 def by_group(plan: Tensor) -> Tensor:
-    """Return which share of each group at the start goes to each group at the end."""
+    """Return the share of each group at the start that goes to each group at the end."""
     rows = torch.nn.functional.one_hot(groups[0]).to(plan)
     columns = torch.nn.functional.one_hot(groups[-1]).to(plan)
     table = rows.mT @ plan @ columns
     return table / table.sum(1, keepdim=True)
 
 
-for name, plan in (("first to last, directly", guess), ("along the chain", ends)):
+for name, plan in (("first to last, directly", direct_ends), ("along the chain", ends)):
     print(f"{name}: {100 * by_group(plan).diagonal().mean():.0f} % arrive in their own group")
 
 # %%
 # What to see
 # -----------
-# Over 200° the nearest group at the end is another one, and the direct plan takes it. Along the
-# chain every step is short enough for distance to be right, and the steps compose: what the plan
-# knows about both ends is what it knows about each step.
+# After 200° the nearest group at the end is another one, and the direct plan couples each group
+# with the wrong one. Along the chain every step is short enough that the nearest group is the right
+# one, and the plan composes the steps.
 #
-# As elsewhere on these pages the plan is differentiable, so that a model of the motion could be
-# trained through it.
+# The plan is differentiable, so it could be used to train a model of the motion.
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73")
 figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.2), width_ratios=(1.1, 1, 1))
@@ -86,7 +86,7 @@ for time in range(TIMES):
     )  # fmt: skip
 axes[0].set(title="six snapshots", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
 for axis, plan, title in (
-    (axes[1], guess, "first to last, directly"),
+    (axes[1], direct_ends, "first to last, directly"),
     (axes[2], ends, "along the chain"),
 ):
     for row in range(0, len(points[0]), 2):

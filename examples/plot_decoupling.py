@@ -1,10 +1,10 @@
 """Cosine decoupling, with factors known
 =====================================
 
-Two modalities of the same sample share something, and each has something of its own.
-`CosineDecouplingLoss` keeps the two representations apart, in the sense of an angle. Here the
-factors are known, so one can ask what each representation holds before and after, and where the
-angle stops to say anything.
+Two modalities of the same sample share some information, and each has information of its own.
+`CosineDecouplingLoss` keeps the two representations apart by their angle. On this page the factors
+of the data are known, so it can measure what each representation holds with and without the loss,
+and what the angle does not show.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from multialign import CosineDecouplingLoss, mmd_loss
 # %%
 # Data with known factors
 # -----------------------
-# A shared factor s and a private factor for each modality, all two-dimensional and independent.
-# Each modality sees a random linear mixture of both, with a little noise.
+# The data have a shared factor s and a private factor for each modality, all two-dimensional and
+# independent. Each modality observes a random linear mixture of both, with a little noise.
 
 SHARED, PRIVATE, SEEN, WIDTH = 2, 2, 12, 4
 generator = torch.Generator().manual_seed(0)
@@ -45,8 +45,8 @@ train, test = sample(2000), sample(1000)
 # %%
 # A model with two branches
 # -------------------------
-# Each modality has a unique and a common feature, from which a decoder restores it; common features
-# of a pair are drawn together. `extra` is the term under study.
+# Each modality has a unique and a common feature, from which a decoder reconstructs it. A loss
+# draws the common features of a pair together. `extra` is the term under study.
 
 
 class Branches(nn.Module):
@@ -88,9 +88,9 @@ def fit(extra: Callable[..., Tensor], steps: int = 500) -> list[Branches]:
 # The default of `CosineDecouplingLoss` is the squared cosine, whose minimum is orthogonality.
 # ``form="signed"`` is the published equation, whose minimum is an angle of 180°.
 #
-# The last term adds a demand that no angle can express: that unique and common features be
-# independent. `mmd_loss` compares the pairs (unique, common) with pairs whose partners have been
-# exchanged; it is 0 only if the two say nothing about each other.
+# The last term requires what no angle can express: that unique and common features are independent.
+# `mmd_loss` compares the pairs (unique, common) with pairs whose partners have been exchanged. It
+# is 0 only if the two features are independent.
 
 squared = CosineDecouplingLoss()
 signed = CosineDecouplingLoss(form="signed")
@@ -102,7 +102,7 @@ def standard(x: Tensor) -> Tensor:
 
 
 def dependence(unique: list[Tensor], common: list[Tensor]) -> Tensor:
-    """Return how far the pairs are from independent pairs, summed over modalities."""
+    """Return the MMD between the pairs and independent pairs, summed over modalities."""
     total = torch.zeros(())
     for u, c in zip(unique, common, strict=True):
         u, c = standard(u), standard(c)
@@ -123,8 +123,9 @@ TERMS = {
 # %%
 # What the features hold
 # ----------------------
-# For each factor, the share of its variance that a linear map can read from a feature, on samples
-# that were not trained on. Ideal would be 0 and 1 for the unique feature, 1 and 0 for the common.
+# The measure is the share of a factor's variance that a linear map predicts from a feature, on
+# samples that were not used in training. The ideal for the shared and the private factor is 0 and 1
+# for the unique feature, and 1 and 0 for the common one.
 
 
 def readable(feature: Tensor, factor: Tensor) -> float:
@@ -152,17 +153,18 @@ for name, share in shares.items():
 # %%
 # Orthogonal is not independent
 # -----------------------------
-# On the left, the angle between the two features of each sample. Without a term it is whatever
-# training leaves; "signed" turns nearly all of them to 180°, where one feature is a multiple of the
-# other; "squared" makes them orthogonal.
+# The left panel shows the angle between the two features of each sample. Without a term the angles
+# vary; "signed" turns nearly all of them to 180°, where one feature is a multiple of the
+# other; "squared" makes the features orthogonal.
 #
-# On the right, what can be read from the unique feature. All of the shared factor is still in it,
-# orthogonal or not: four dimensions have room for a copy at a right angle. To take the copy out,
-# one has to ask for independence. The MMD between pairs and exchanged pairs does: about half of the
-# shared factor is gone, and the private one is all there.
+# The right panel shows what a linear map predicts from the unique feature. It predicts all of the
+# shared factor, also from orthogonal features: four dimensions have room for a copy at a right
+# angle. Removing the copy takes a loss on independence. With the MMD between pairs and exchanged
+# pairs, about half of the shared factor is gone, and all of the private one remains.
 #
-# So: take the cosine term to keep two branches from collapsing onto one direction, as a model needs
-# that adds or compares them. Do not read it as a proof that they hold different things.
+# The cosine term keeps two branches from collapsing onto one direction, which matters to a model
+# that adds or compares them. A small cosine does not prove that the branches hold different
+# information.
 
 COLOURS = ("0.6", "#E69F00", "#0072B2", "#009E73")
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.4), width_ratios=(1.2, 1))

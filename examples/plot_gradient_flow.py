@@ -1,8 +1,8 @@
 """Gradient flow of the Sinkhorn divergence
 ========================================
 
-Points that follow the gradient of a loss show what the loss wants. Here a cloud flows to another
-under the Sinkhorn divergence, under the same loss without its second term, and under MMD.
+Points that follow the gradient of a loss show what the loss minimises. Here a cloud flows towards
+another under the Sinkhorn divergence, under the same loss without its second term, and under MMD.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ target = moons + 0.05 * torch.randn(N, 2)
 # %%
 # The flow
 # --------
-# Each step moves every point along N times its gradient, so that the speed does not depend on N.
-# For the cost :math:`|x-y|^2` of two clouds a rate of 1/2 would take the points to their images at
-# once.
+# Each step moves every point along N times its gradient, so the speed does not depend on N. For the
+# cost :math:`|x-y|^2` of two clouds, a single step with a rate of 1/2 would take the points to
+# their images.
 
 EPSILON = 0.3
 LOSSES = {
@@ -54,14 +54,14 @@ SHOWN = (0, 5, 15, 60)
 
 
 def flow(loss: Callable[[Tensor], Tensor], rate: float = 0.05) -> dict[int, Tensor]:
-    """Return the cloud after each of the steps that are shown."""
-    x, seen = start.clone().requires_grad_(), {}
+    """Return the cloud after each step in `SHOWN`."""
+    x, frames = start.clone().requires_grad_(), {}
     for step in range(max(SHOWN) + 1):
         if step in SHOWN:
-            seen[step] = x.detach()
+            frames[step] = x.detach()
         (gradient,) = torch.autograd.grad(loss(x), x)
         x = (x - rate * N * gradient).detach().requires_grad_()
-    return seen
+    return frames
 
 
 flows = {name: flow(loss) for name, loss in LOSSES.items()}
@@ -69,16 +69,16 @@ flows = {name: flow(loss) for name, loss in LOSSES.items()}
 # %%
 # What to see
 # -----------
-# The divergence takes all of the cloud along, since its gradient at a point is the way to where
-# transport wants that point, however far. Near the end it is 0 only at the target itself.
+# The divergence moves the whole cloud, since its gradient at a point leads to the image of that
+# point under transport, at any distance. It is 0 only at the target itself.
 #
 # Without the second term the minimiser is not the target but a shrunken version of it: each point
-# is content with the mean of what the blurred plan couples it with. A smaller :math:`\epsilon`
-# shrinks less and takes more iterations; the second term takes the bias away at the price of the
-# two problems of each cloud with itself.
+# moves to the mean of the points that the blurred plan couples it with. A smaller :math:`\epsilon`
+# shrinks less and takes more iterations. The second term removes the bias, and costs two more
+# problems, of each cloud with itself.
 #
-# MMD at a bandwidth of 0.3 pulls only at what is about as near as that. The rest of the cloud feels
-# its own points alone, which repel each other, and scatters.
+# MMD at a bandwidth of 0.3 attracts only points within about that distance of the target. On the
+# rest of the cloud only the repulsion of its own points acts, and it scatters.
 
 
 def spread(x: Tensor) -> Tensor:
@@ -86,15 +86,15 @@ def spread(x: Tensor) -> Tensor:
     return (x - x.mean(0)).norm(dim=1).mean()
 
 
-for name, seen in flows.items():
-    ratio = spread(seen[SHOWN[-1]]) / spread(target)
+for name, frames in flows.items():
+    ratio = spread(frames[SHOWN[-1]]) / spread(target)
     print(f"{name:24} spread at the end: {ratio:.2f} of the target's")
 
 figure, axes = plt.subplots(3, 4, figsize=(8.8, 5.6), sharex=True, sharey=True)
-for row, ((name, seen), colour) in enumerate(
+for row, ((name, frames), colour) in enumerate(
     zip(flows.items(), ("#0072B2", "#E69F00", "#009E73"), strict=True)
 ):
-    for axis, (step, x) in zip(axes[row], seen.items(), strict=True):
+    for axis, (step, x) in zip(axes[row], frames.items(), strict=True):
         axis.scatter(*target.mT, s=5, c="0.8", lw=0)
         axis.scatter(*x.mT, s=6, c=colour, lw=0)
         axis.set(xticks=[], yticks=[], aspect="equal")

@@ -1,9 +1,9 @@
 """The modality gap, before and after
 ==================================
 
-Encoders trained on pairs leave each modality in a region of its own: partners are nearer to each
-other than to other candidates, and still far away :cite:p:`liang:22`. That harms whoever searches
-both modalities at once. An alignment loss closes the gap.
+Encoders that are trained on pairs map each modality to a separate region: partners are nearer to
+each other than to other candidates, but still far apart :cite:p:`liang:22`. This gap impairs a
+search over both modalities at once. An alignment loss closes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from multialign import GaussianMomentLoss, MMDLoss, MultiMarginalSinkhornLoss
 # %%
 # The model
 # ---------
-# Digits as pixels, and as 64 random mixtures of the pixels; a tower for each; the symmetric
-# contrastive loss, at the temperature that CLIP ends with. All samples of the training part are
-# paired.
+# The modalities are digits as pixels, and as 64 random mixtures of the pixels. Each has a tower.
+# The loss is the symmetric contrastive one, at the final temperature of CLIP. All training samples
+# are paired.
 
 pixels = torch.as_tensor(load_digits().data, dtype=torch.float32) / 8 - 1
 generator = torch.Generator().manual_seed(5)
@@ -32,14 +32,14 @@ TEST = 400
 
 
 def contrastive(first: Tensor, second: Tensor, temperature: float = 0.01) -> Tensor:
-    """Return the cross-entropy of finding each one's partner, in both directions."""
+    """Return the cross-entropy of finding the partner of each sample, in both directions."""
     similarities = first @ second.mT / temperature
     partners = torch.arange(len(first))
     return (cross_entropy(similarities, partners) + cross_entropy(similarities.mT, partners)) / 2
 
 
 def train(align: nn.Module | None, weight: float, steps: int = 200) -> list[Tensor]:
-    """Return the features of the test part, those of the untrained model for 0 steps."""
+    """Return the features of the test samples after training."""
     torch.manual_seed(0)
     towers = nn.ModuleList(
         nn.Sequential(
@@ -78,10 +78,10 @@ RUNS = {
 # %%
 # Three numbers
 # -------------
-# The gap is the distance of the modalities' means. Recall is how often the partner is the nearest
-# of all candidates of the other modality. The last number is for a search over *both* modalities:
-# among the ten nearest neighbours of a query, itself left out, how many are of the other modality.
-# With no gap it is half of them.
+# The gap is the distance of the modalities' means. Recall is the share of queries whose partner is
+# the nearest of all candidates of the other modality. The last number is for a search over *both*
+# modalities: the share of the other modality among the ten nearest neighbours of a query, without
+# the query itself. With no gap it is a half.
 
 
 def numbers(first: Tensor, second: Tensor) -> tuple[float, float, float]:
@@ -90,9 +90,9 @@ def numbers(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     found = (first @ second.mT).argmax(1) == torch.arange(len(first))
     pool = torch.cat([first, second])
     similarities = first @ pool.mT
-    similarities.diagonal().fill_(-2)  # not itself
-    near = similarities.topk(10, dim=1).indices
-    other = near >= len(first)
+    similarities.diagonal().fill_(-2)  # leave out the query itself
+    nearest = similarities.topk(10, dim=1).indices
+    other = nearest >= len(first)
     return gap, 100 * found.float().mean().item(), 100 * other.float().mean().item()
 
 
@@ -104,14 +104,14 @@ for name, (gap, recall, other) in measured.items():
 # %%
 # What to see
 # -----------
-# The untrained towers map everything into two narrow cones. At a low temperature contrastive
-# training stops to pull as soon as partners are slightly nearer than the others, and most of the
-# gap stays. A search over both modalities then stays in the query's own: the ten nearest are all of
-# it.
+# The untrained towers map all samples into two narrow cones. At a low temperature, the gradient of
+# the contrastive loss vanishes as soon as partners are slightly nearer than the others, and most of
+# the gap remains. A search over both modalities then finds only the query's own modality among the
+# ten nearest.
 #
-# Matching the means removes the shift, and the other two losses match what is left as well; a
-# search over both begins to find both. Recall within the other modality neither needs a closed gap
-# nor suffers from it.
+# Matching the means removes the shift, and the other two losses also match the rest of the
+# distributions; a search over both modalities then finds samples of both. Closing the gap neither
+# improves nor reduces recall within the other modality.
 
 figure, axes = plt.subplots(1, 5, figsize=(9.4, 2.8))
 for axis, (name, (first, second)) in zip(axes, RUNS.items(), strict=True):

@@ -2,8 +2,8 @@
 ========================================
 
 `GaussianMomentLoss` compares mean, covariance and skewness. `MMDLoss` compares whole distributions.
-Four clouds show the difference: the first two differ from a normal cloud in what moments measure,
-the last two in nothing that they measure.
+Four clouds show the difference: the first two differ from a normal cloud in one of these moments,
+the last two in none of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from multialign import GaussianMomentLoss, MMDLoss
 # %%
 # Five clouds
 # -----------
-# All but the first two are brought to mean 0 and covariance I exactly. The ring and the four groups
-# are symmetric, so their skewness is 0 as well: to the moment loss they are the normal cloud.
+# All clouds have covariance I exactly, and all but "moved" have mean 0. The ring and the four
+# groups are symmetric, so their skewness is 0 too: the moment loss cannot distinguish them from the
+# normal cloud.
 
 N = 600
 torch.manual_seed(0)
 
 
 def whitened(x: Tensor) -> Tensor:
-    """Return x moved and stretched to mean 0 and covariance I."""
+    """Return x, transformed to mean 0 and covariance I."""
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.mT @ x / len(x))
     return x @ vectors @ (vectors / values.sqrt()).mT
@@ -62,14 +63,14 @@ for name, (first, second) in values.items():
     print(f"{name:12} moments {first:9.2e}   MMD² {second:9.2e}")
 
 # %%
-# What they pull at
-# -----------------
-# A loss that cannot see a difference cannot remove it. A normal cloud is let loose under either
-# loss, with the four groups as its target.
+# What they move
+# --------------
+# A loss that is not sensitive to a difference cannot remove it. A normal cloud follows the gradient
+# of each loss, with the four groups as its target.
 
 
 def follow(loss: nn.Module, start: Tensor, target: Tensor, rate: float) -> Tensor:
-    """Return where gradient descent takes the points of `start`."""
+    """Return the points of `start` after gradient descent on the loss."""
     x = start.clone().requires_grad_()
     for _ in range(300):
         (gradient,) = torch.autograd.grad(loss([x, target]), x)
@@ -84,8 +85,8 @@ ends = {
 }
 
 # %%
-# Moments of the normal cloud and of the four groups agree, so nothing moves. MMD takes most of the
-# points to the groups. What it costs: moments are linear in the number of samples, MMD is
+# Moments of the normal cloud and of the four groups agree, so no point moves. MMD moves most of the
+# points to the groups. It costs more: moments are linear in the number of samples, MMD is
 # quadratic, and its bandwidth has to be chosen (:doc:`/gallery/plot_bandwidth`).
 
 figure, axes = plt.subplots(2, 5, figsize=(8.6, 4.4), height_ratios=(1, 1.35))

@@ -3,9 +3,8 @@
 
 :class:`~multialign.PrototypeAlignmentLoss` summarises each modality by a Gaussian mixture, moves
 mass between the components of the mixtures by optimal transport, and pulls samples toward the
-counterparts of the components that they belong to. Here each of these steps is drawn, on two views
-of real handwritten digits in two dimensions; after that come the three choices that the loss leaves
-to you.
+counterparts of the components that they belong to. This page draws each of these steps for two
+views of handwritten digits in two dimensions, and then shows the effect of three options.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ NAMES = ("even columns", "odd columns")
 # ---------
 # One view is the even columns of each image, the other the odd ones. Each is projected to its own
 # first two principal components and scaled to unit variance. Row n of both is the same image. The
-# labels colour the points; nothing else sees them.
+# labels are used to colour the points only.
 
 
 def make_views() -> tuple[list[Tensor], np.ndarray]:
@@ -58,9 +57,10 @@ views, labels = make_views()
 # %%
 # Mixtures
 # --------
-# Each view gets a mixture of four Gaussians (Eq. 2-4 of the paper). As both views have equally many
-# samples, the loss takes them as paired and starts component k of either view from the same images,
-# so that k means the same in both. ``solve`` returns all parts of the loss.
+# A mixture of four Gaussians is fitted to each view (Eq. 2-4 of the paper). As both views have
+# equally many samples, the loss takes them as paired and starts component k of both views from the
+# same images, so that components of equal index correspond. ``solve`` returns all parts of the
+# loss.
 
 loss = PrototypeAlignmentLoss(
     4,
@@ -109,11 +109,11 @@ for axes, points, mixture, name in zip(panels, views, parts.mixtures, NAMES, str
 # %%
 # The plan
 # --------
-# Between every two components stands the cost of Eq. 6, the squared 2-Wasserstein distance of two
-# Gaussians. The plan says how much of component k goes to component l; what leaves and what arrives
-# are the component weights. With both views on one plane, the plan is a set of lines, as wide as
-# they carry mass. The first term of the loss adds up what these lines cost: it pulls the ends of
-# each together.
+# The cost between two components is that of Eq. 6, the squared 2-Wasserstein distance of two
+# Gaussians. The plan gives the mass that goes from component k to component l; its marginals are
+# the component weights. The right panel draws the plan as lines in the plane of both views; the
+# width of a line is its mass. The first term of the loss is the total cost of these lines: it pulls
+# the ends of each together.
 
 plan = parts.solution.plan()
 a, b = parts.mixtures
@@ -144,15 +144,15 @@ panels[2].margins(0.15)
 panels[2].set(xticks=[], yticks=[], aspect="equal", xlabel=f"blue {NAMES[0]}, red {NAMES[1]}")
 
 # %%
-# By number, or by the plan
-# -------------------------
+# By index, or by the plan
+# ------------------------
 # The second term of the loss pulls each sample of one view toward the counterpart of the component
-# it belongs to, and ``matching`` says which that is. ``"index"`` takes the component of equal
-# number, which is right here, since the views are paired. When they are not, numbers mean nothing:
-# below, the components of the second view were dealt other numbers, as independent fits deal
-# them. ``"plan"`` takes the mean of where the plan sends a component, its barycentric image, and
-# finds them again. It goes by where components lie: it can match only what lies alike, and where a
-# component is split between two, its image is a point between them.
+# it belongs to, and ``matching`` defines this counterpart. ``"index"`` takes the component of equal
+# index, which is right here, since the views are paired. Without pairs, indices are arbitrary:
+# below, the components of the second view are permuted, as independent fits would number them.
+# ``"plan"`` takes the barycentric image of a component, the mean of its targets under the plan, and
+# finds the counterparts again. It uses distances only: it can match only components that are close,
+# and if a component is split between two, its image is a point between them.
 
 order = torch.tensor([2, 0, 3, 1])
 shuffled = GaussianMixture(
@@ -184,15 +184,15 @@ for axes, targets, title in zip(
             va="center",
             bbox={"boxstyle": "circle,pad=0.2", "fc": "white", "ec": "C0"},
         )
-    axes.set_title(f"{title}: where blue is sent")
+    axes.set_title(f"{title}: counterparts of blue")
 
 # %%
 # What the gradient does
 # ----------------------
-# To see what the loss asks for, let the samples themselves be what is trained, the two views moved
-# apart at first, as the features of two encoders are. The prototypes of equal number meet, and
-# samples gather around them. Nothing holds the prototypes apart, which is for the loss of a task or
-# a decoder to do: alignment alone is least where all features are equal.
+# To see the effect of the gradient, the samples themselves are trained here. The two views start
+# apart, as the features of two encoders would. Prototypes of equal index meet, and samples gather
+# around them. The loss does not keep different prototypes apart, since alignment alone is minimal
+# where all features are equal; that takes the loss of a task or a decoder.
 
 moving = [view + shift for view, shift in zip(views, (-1.5, 1.5), strict=True)]
 moving = [view.requires_grad_() for view in moving]
@@ -219,10 +219,10 @@ panels[0].set_xlabel(f"circles {NAMES[0]}, triangles {NAMES[1]}")
 # %%
 # How many prototypes?
 # --------------------
-# As many as there are groups that should correspond, if that is known. If not, ask the data: fit on
-# one half, and take K from where the log-likelihood of the other half stops rising. Below, for all
-# four types of covariance, on the first eight principal components of all ten digits, with many
-# samples and with few.
+# Use as many prototypes as there are groups that should correspond, if that number is known. If
+# not, fit mixtures to one half of the data, and take the K at which the log-likelihood of the other
+# half stops rising. The figure shows this for all four types of covariance, on the first eight
+# principal components of all ten digits, with many samples and with few.
 
 images, _ = load_digits(return_X_y=True)
 planes = torch.as_tensor(PCA(8).fit_transform(images), dtype=torch.float64)
@@ -233,10 +233,15 @@ COUNTS = (1, 2, 4, 7, 12, 20)
 
 
 def held_out(train: Tensor, k: int, covariance_type: str) -> float:
-    """Return the mean log-likelihood of the test half; the mean of three fits."""
-    many = train.expand(3, *train.shape)
+    """Return the mean log-likelihood of the test half, averaged over three fits."""
+    copies = train.expand(3, *train.shape)
     mixture = fit_gaussian_mixture(
-        many, k, covariance_type=covariance_type, iterations=30, tolerance=0.0, regularization=1e-3
+        copies,
+        k,
+        covariance_type=covariance_type,
+        iterations=30,
+        tolerance=0.0,
+        regularization=1e-3,
     )
     return float(mixture.log_prob(test.expand(3, *test.shape)).mean())
 
@@ -256,19 +261,19 @@ panels[0].legend(title="covariance_type")
 # Which covariances?
 # ------------------
 # A full covariance has D (D + 1) / 2 numbers for each component, a diagonal one D, a spherical one
-# a single number, and "tied" shares one full matrix among all. With many samples, full is best
-# and needs the fewest components; with few, it falls apart first. In a training step there are
-# few: a batch of 32 in 64 dimensions gives each of seven components four or five samples. Take
-# "diag" there (or "spherical"), and ``momentum``, which keeps a running mixture over batches; and
-# full covariances for few dimensions and large batches. Costs of full covariances take a matrix
-# square root each, too.
+# a single number, and "tied" shares one full matrix among all components. With many samples, "full"
+# is best and needs the fewest components; with few samples, it overfits first. A training step has
+# few samples: a batch of 32 in 64 dimensions has four or five samples for each of seven components.
+# Use "diag" there (or "spherical"), and ``momentum``, which keeps a running mixture over batches.
+# Use full covariances for few dimensions and large batches; each cost between two of them also
+# takes a matrix square root.
 #
 # Which epsilon?
 # --------------
-# Epsilon is in the units of the costs. What it does is best seen in the plan, as it goes from a
-# matching (each component to one other) to independence (each to all, which aligns nothing): below,
-# by the perplexity of a row of the plan, which is the number of components that a component is sent
-# to. It is 1 for a matching, if the weights allow one.
+# Epsilon has the units of the costs. As it grows, the plan changes from a matching (each component
+# is sent to one other) to independence (each is sent to all, which aligns nothing). The figure
+# measures this by the perplexity of the rows of the plan, the effective number of components that a
+# component is sent to. It is 1 for a matching, if the weights allow one.
 
 epsilons = np.geomspace(1e-3, 1e2, 26)
 perplexity, values = [], []
@@ -290,11 +295,11 @@ right.set_ylabel("transport term", color="C3")
 axes.axvspan(0.01, 0.1, color="0.93", zorder=-1)
 
 # %%
-# Up to a tenth of the mean cost (shaded) the plan is as good as unregularised, and above it blurs.
-# Smaller is no better, only sharper: the plan then jumps as the costs change. As costs are summed
-# over features, they grow with D, and the same epsilon means something else for every D;
+# Up to a tenth of the mean cost (shaded) the plan is close to the unregularised one; above, it
+# blurs. A smaller epsilon only makes the plan jump as the costs change. As costs are summed over
+# features, they grow with D, and the same epsilon has a different effect for every D;
 # ``cost_reduction="mean"`` divides them by D. The paper's 0.1, on sums over 64 features of unit
-# variance, is far to the left of this picture.
+# variance, is far to the left in this figure.
 
 if __name__ == "__main__":
     plt.show()

@@ -1,9 +1,9 @@
-"""Dropping a loss into a two-tower retrieval model
-================================================
+"""Adding a loss to a two-tower retrieval model
+============================================
 
-Two encoders and a contrastive loss on pairs: the usual model for finding the partner of a query in
-another modality. Pairs are dear, and unpaired samples are cheap. An alignment loss can use the
-cheap ones. This page adds one, in one line, and measures when that is worth it and when it is not.
+Two encoders and a contrastive loss on pairs are the usual model for finding the partner of a query
+in another modality. Pairs are expensive, and unpaired samples are cheap. An alignment loss can use
+unpaired samples. This page adds one, in one line, and measures when it helps and when it does not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from multialign import MMDLoss
 # %%
 # Two modalities
 # --------------
-# scikit-learn's handwritten digits, and the same digits seen by another sensor: 64 fixed random
-# mixtures of the pixels, saturated and noisy. A partner can be found in principle, and nothing in
-# one modality looks like the other.
+# The modalities are scikit-learn's handwritten digits, and the same digits seen by another sensor:
+# 64 fixed random mixtures of the pixels, saturated and noisy. The sensor determines the partner in
+# principle, but its features do not resemble pixels.
 
 pixels = torch.as_tensor(load_digits().data, dtype=torch.float32) / 8 - 1
 generator = torch.Generator().manual_seed(5)
@@ -31,10 +31,10 @@ sensor = mixtures + 0.05 * torch.randn(mixtures.shape, generator=generator)
 modalities = (pixels, sensor)
 
 # %%
-# The model, as it was
-# --------------------
-# A tower for each modality, unit features, and the symmetric contrastive loss :cite:p:`oord:18`
-# over the pairs of a batch.
+# The model without alignment
+# ---------------------------
+# The model has a tower for each modality, unit features, and the symmetric contrastive loss
+# :cite:p:`oord:18` over the pairs of a batch.
 
 
 def tower() -> nn.Module:
@@ -43,7 +43,7 @@ def tower() -> nn.Module:
 
 
 def contrastive(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
-    """Return the cross-entropy of finding each one's partner, in both directions."""
+    """Return the cross-entropy of finding the partner of each sample, in both directions."""
     similarities = first @ second.mT / temperature
     partners = torch.arange(len(first))
     return (cross_entropy(similarities, partners) + cross_entropy(similarities.mT, partners)) / 2
@@ -52,15 +52,15 @@ def contrastive(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tens
 # %%
 # The added line
 # --------------
-# ``align`` sees the features of unpaired samples, drawn independently for the two modalities. The
-# distance of two unit vectors is at most 2, and the bandwidths lie below that.
+# ``align`` takes the features of unpaired samples, drawn independently for the two modalities. The
+# distance of two unit vectors is at most 2, and the bandwidths lie below 2.
 
 align = MMDLoss(bandwidth=[0.25, 0.5, 1.0])
 TEST, BATCH = 400, 128
 
 
 def train(weight: float, pairs: int, seed: int, steps: int = 150) -> float:
-    """Return recall at 1, in per cent, among `TEST` candidates never seen in training."""
+    """Return recall at 1, in per cent, among `TEST` candidates that are not used in training."""
     torch.manual_seed(seed)
     towers = nn.ModuleList([tower(), tower()])
     optimizer = torch.optim.Adam(towers.parameters(), lr=3e-3)
@@ -98,13 +98,13 @@ for weight, values in recall.items():
     print(f"{f'weight {weight:g}':18}" + "".join(f"{mean:14.1f}" for mean in values.mean(1)))
 
 # %%
-# When it is worth it
-# -------------------
-# With few pairs, the unpaired samples tell the towers where features of the other modality may be,
-# and partners are found more often, in each of the seeds. With more pairs there is less to be told,
-# and the alignment begins to get in the way: it asks that clouds be alike, not that partners meet.
-# At a weight of 30 it does so from the start. Gains are taken seed by seed, since a seed starts all
-# weights alike.
+# When it helps
+# -------------
+# With few pairs, the unpaired samples add information about the distribution of features in the
+# other modality, and partners are found more often, with each seed. With more pairs this adds less,
+# and the alignment begins to interfere: it matches the clouds, not the partners. At a weight of 30
+# it interferes at every number of pairs. Gains are differences seed by seed, since a seed gives all
+# runs the same initial weights.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.3))
 COLOURS = dict(zip(WEIGHTS, ("0.45", "#0072B2", "#E69F00"), strict=True))

@@ -1,9 +1,9 @@
 r"""A plan between three marginals
 ==============================
 
-A plan between two distributions is a table: how much mass of each atom goes to each other. Between
-three it is a cube, and says which *triples* of atoms belong together. This page solves one, draws
-it, and shows what :math:`\epsilon` does to it.
+A plan between two distributions is a table of the mass that goes from each atom to each other one.
+Between three distributions it is a cube, which gives the mass of *triples* of atoms. This page
+solves such a problem, draws the plan, and shows the effect of :math:`\epsilon`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from multialign import multi_marginal_sinkhorn, squared_euclidean_cost
 # %%
 # Three histograms on a line
 # --------------------------
-# One bump, two bumps, and a flat one, on 60 atoms each. The cost of a triple is the sum of the
-# squared distances of its three pairs.
+# The marginals are one bump, two bumps, and a flat one, on 60 atoms each. The cost of a triple is
+# the sum of the squared distances of its three pairs.
 
 K = 60
 grid = torch.linspace(0, 1, K, dtype=torch.float64)
@@ -42,8 +42,8 @@ costs = {(0, 1): table, (0, 2): table, (1, 2): table}
 # %%
 # Solve
 # -----
-# `multi_marginal_sinkhorn` returns a `TransportSolution`. The tables of two marginals come from
-# ``pairwise_marginal``, and only ``plan()`` builds the cube, of 216,000 entries here.
+# `multi_marginal_sinkhorn` returns a `TransportSolution`. ``pairwise_marginal`` returns the table
+# of two marginals, and only ``plan()`` builds the cube, of 216,000 entries here.
 
 LEVELS = (0.1, 0.01, 0.001)
 solutions = {epsilon: multi_marginal_sinkhorn(costs, marginals, epsilon) for epsilon in LEVELS}
@@ -54,14 +54,15 @@ for epsilon, solution in solutions.items():
     )
 
 # %%
-# Look at it
-# ----------
-# On a line, the best triples are those of equal rank: the left end of one distribution goes with
-# the left ends of the others. At a small :math:`\epsilon` the mass lies on that curve; at a large
-# one the plan is close to independence, and its transport cost is that of triples drawn at random.
+# Draw the plan
+# -------------
+# On a line, the optimal triples are those of equal rank: the left end of one distribution goes with
+# the left ends of the others. At a small :math:`\epsilon` the mass lies on the curve of these
+# triples; at a large one the plan is close to independence, and its transport cost is that of
+# random triples.
 #
-# The curve jumps where the second histogram has a gap: neighbours in the middle bump part ways
-# there.
+# The curve jumps where the second histogram has a gap: neighbours in the bump of the first
+# histogram are coupled with different bumps there.
 
 figure = plt.figure(figsize=(8.8, 5.4))
 upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
@@ -92,9 +93,9 @@ plt.show()
 # %%
 # The value has a gradient
 # ------------------------
-# Everything a solution holds is differentiable, by the implicit function theorem. The gradient of
+# All results of a solution are differentiable, by the implicit function theorem. The gradient of
 # the value with respect to a marginal is its potential, up to a constant: the price of one more
-# unit of mass at each place.
+# unit of mass at each atom.
 
 second_marginal = marginals[1].clone().requires_grad_()
 solution = multi_marginal_sinkhorn(costs, [marginals[0], second_marginal, marginals[2]], 0.01)

@@ -1,12 +1,12 @@
-"""Dropping losses into a Hugging Face model
-=========================================
+"""Adding losses to a Hugging Face model
+=====================================
 
-A `CLIPModel` of the ``transformers`` library, unchanged: the losses of this library take the
-tensors that it returns. One is put on the embeddings of image and text, another on the tokens of
-each pair, where the attention mask of the text says which tokens are there.
+The losses take the tensors that a `CLIPModel` of the ``transformers`` library returns, so the model
+does not change. One loss aligns the embeddings of image and text, another the tokens and patches of
+each pair, where the attention mask of the text marks the tokens that are not padding.
 
-The model is tiny, starts from random weights and learns on a CPU in seconds: it sees scikit-learn's
-handwritten digits, and reads their names letter by letter.
+The model is tiny, starts from random weights and trains on a CPU in seconds. Its images are
+scikit-learn's handwritten digits; its captions are their names, with a token for each letter.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ attention = torch.tensor([[1] * len(ids) + [0] * (LENGTH - len(ids)) for ids in 
 # %%
 # The model
 # ---------
-# With the weights of a hub one would write ``CLIPModel.from_pretrained(name)`` here. Nothing after
-# it would be different.
+# For pretrained weights, use ``CLIPModel.from_pretrained(name)`` here. The rest of the page does
+# not depend on it.
 
 
 def make_model() -> CLIPModel:
-    """Return a CLIP of one layer a tower, with random weights."""
+    """Return a CLIP model with one layer in each tower and random weights."""
     layer = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -67,9 +67,9 @@ def make_model() -> CLIPModel:
 # ``text_embeds`` and ``image_embeds`` are the batch's unit vectors, `(B, D)`: two modalities of B
 # samples.
 #
-# Tokens and patches are `(B, 7, D)` and `(B, 17, D)`: B problems side by side, of 7 and 17 samples.
-# The attention mask goes in as it is, as the weights of the first; padding is absent, whatever the
-# model has computed there.
+# Tokens and patches are `(B, 7, D)` and `(B, 17, D)`: B independent problems of 7 and 17 samples.
+# The attention mask is used as the weights of the first; padding is absent, whatever the model
+# computes there.
 
 align = MMDLoss(bandwidth=[0.25, 0.5, 1.0])
 
@@ -89,8 +89,8 @@ def on_tokens(model: CLIPModel, outputs: CLIPOutput, mask: Tensor) -> Tensor:
 # %%
 # Training
 # --------
-# CLIP's own loss takes every other caption of the batch for a wrong one. Here a batch holds many
-# captions that are the same, so the target is shared among them.
+# CLIP's own loss treats every other caption of the batch as wrong. Here many captions in a batch
+# are equal, so the target distribution is uniform over the equal ones.
 
 TEST = 400
 
@@ -98,7 +98,7 @@ TEST = 400
 def train(
     extra: Callable[..., Tensor] | None, weight: float = 1.0, steps: int = 250
 ) -> tuple[list[float], float]:
-    """Return the gap between the mean embeddings over the steps, and the accuracy on the test."""
+    """Return the gap between the mean embeddings at each step, and the test accuracy."""
     torch.manual_seed(0)
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -130,16 +130,16 @@ RUNS = {
 }
 outcomes = {name: train(extra) for name, extra in RUNS.items()}
 for name, (gaps, accuracy) in outcomes.items():
-    print(f"{name:20} gap {gaps[-1]:.2f}, digits named rightly {accuracy:.0f} %")
+    print(f"{name:20} gap {gaps[-1]:.2f}, digits named correctly {accuracy:.0f} %")
 
 # %%
 # What to see
 # -----------
-# Trained alone, the contrastive loss leaves the two modalities in different parts of the sphere:
+# The contrastive loss alone leaves the two modalities in different parts of the sphere, which is
 # the modality gap :cite:p:`liang:22`. The loss on the embeddings closes most of it. The accuracies
-# are those of one seed and of 400 samples, with a standard error of two points and more: they say
-# that nothing was lost, and no more. :doc:`/gallery/plot_modality_gap` shows what a closed gap is
-# good for.
+# are those of one seed and of 400 samples, with a standard error of two points or more. They show
+# only that accuracy is not reduced. :doc:`/gallery/plot_modality_gap` shows the use of a closed
+# gap.
 
 figure, axis = plt.subplots(figsize=(6, 3.2))
 for (name, (gaps, accuracy)), colour in zip(

@@ -2,13 +2,13 @@
 ============================================
 
 A classifier is trained on one modality and used on another, which has no labels and shares no
-sample with the first. All that can be asked of the second encoder is that its features be
-distributed like those of the first. Does that help, and with which loss?
+sample with the first. A loss can then only require that the features of the second encoder have the
+same distribution as those of the first. Does that help, and with which loss?
 
-The data are the 1797 handwritten digits that come with scikit-learn. View A is the image; view B is
-the image turned, by 20° or by 60°. Half of the training samples are seen through view A alone,
-with labels; the other half through view B alone, without. What counts is the accuracy on view B of
-samples that no training saw.
+The data are the 1797 handwritten digits of scikit-learn. View A is the image; view B is
+the image rotated by 20° or by 60°. Half of the training samples are given in view A only,
+with labels; the other half in view B only, without labels. The measure is the accuracy on view B of
+test samples.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ FURTHER_ANGLES = (0, 10, 30, 40, 50)  # MMDLoss alone
 # %%
 # Two views, no pairs
 # -------------------
-# A quarter of the samples is the test split, the same for all seeds. Each seed deals the others
-# out anew, half to each view. The order in which either half is met is drawn too, so that neither
-# rows nor batches correspond.
+# A quarter of the samples is the test split, the same for all seeds. Each seed splits the others
+# at random, half for each view. The order of each half is also random, so neither rows nor batches
+# correspond.
 
 
 class Halves(NamedTuple):
@@ -67,7 +67,7 @@ class Halves(NamedTuple):
 
 
 def deal(seed: int, labels: np.ndarray) -> Halves:
-    """Return which samples are seen through view A, through view B, and in the test alone."""
+    """Return the samples of view A, of view B, and of the test split."""
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0
     )
@@ -76,34 +76,34 @@ def deal(seed: int, labels: np.ndarray) -> Halves:
 
 
 def turn(images: np.ndarray, angle: float) -> np.ndarray:
-    """Turn `(N, 8, 8)` images by `angle` degrees."""
+    """Rotate `(N, 8, 8)` images by `angle` degrees."""
     return ndimage.rotate(images, angle, axes=(2, 1), reshape=False, order=1)
 
 
 def standardised(images: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Return `(N, 64)` pixels less their mean over `rows`, in units of the spread there."""
+    """Return `(N, 64)` pixels, standardised with mean and deviation of `rows`."""
     pixels = images.reshape(len(images), -1)
     mean, scale = pixels[rows].mean(0), pixels[rows].std()
     return torch.as_tensor((pixels - mean) / scale, dtype=torch.float32)
 
 
 class Task(NamedTuple):
-    """R independent problems side by side: all seeds, with one view B."""
+    """R independent problems, one for each seed, with the same rotation of view B."""
 
     source: Tensor
-    """View A of its half, `(R, N, 64)`."""
+    """View A of one half, `(R, N, 64)`."""
     source_labels: Tensor
     target: Tensor
     """View B of the other half, `(R, N, 64)`."""
     target_labels: Tensor
-    """Seen by the ceiling alone."""
+    """Used only for the upper bound `CEILING`."""
     source_test: Tensor
     target_test: Tensor
     test_labels: Tensor
 
 
 def make_task(angle: float, seeds: Sequence[int]) -> Task:
-    """Return the problems of all `seeds` with view B turned by `angle` degrees."""
+    """Return the problems of all `seeds` with view B rotated by `angle` degrees."""
     data = load_digits()
     images, labels = data.images, data.target
     turned = turn(images, angle)
@@ -129,10 +129,10 @@ def make_task(angle: float, seeds: Sequence[int]) -> Task:
 # %%
 # The model
 # ---------
-# An encoder for each modality, one classifier for both. The losses of multialign take leading batch
-# dimensions as independent problems, so all seeds train at once: `(R, N, D)` features, and layers
-# with R sets of weights. Features have length :math:`\sqrt{D}`, which gives every loss below the
-# same units.
+# There is an encoder for each modality, and one classifier for both. The losses of multialign take
+# leading batch dimensions as independent problems, so all seeds train at the same time: features
+# are `(R, N, D)`, and layers have R sets of weights. Features have length :math:`\sqrt{D}`, so all
+# losses below have the same units.
 
 
 class Layers(nn.Module):
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 def batches(count: int, steps: int, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Yield `(R, BATCH)` sample numbers, each problem in its own shuffled order."""
+    """Yield `(R, BATCH)` sample numbers, with a separate random order for each problem."""
     size = min(BATCH, count)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     queues = [torch.empty(0, dtype=torch.long)] * len(generators)
@@ -184,7 +184,7 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur the samples, for both views alike: clouds overlap where a few points would not."""
+    """Add noise to the samples of either view, so that clouds of few points overlap."""
     return x + NOISE * torch.randn(x.shape, generator=generator)
 
 
@@ -196,9 +196,9 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # %%
 # Training
 # --------
-# First the encoder of view A and the classifier, with labels; from then on they are fixed. The
-# encoder of view B starts as a copy and learns to send its samples where those of view A are. It
-# never meets a label, except in the ceiling.
+# First the encoder of view A and the classifier are trained with labels; then they are fixed. The
+# encoder of view B starts as a copy of that of view A and is trained to match its features. It
+# gets no labels, except for the upper bound.
 
 
 def train_source(task: Task, seeds: Sequence[int], steps: int) -> tuple[Encoder, Layers]:
@@ -228,9 +228,9 @@ def train_target(
     student = copy.deepcopy(encoder).requires_grad_(True)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(1)
-    ours = batches(task.source.shape[1], steps, [400 + seed for seed in seeds])
-    theirs = batches(task.target.shape[1], steps, [500 + seed for seed in seeds])
-    for rows_a, rows_b in zip(ours, theirs, strict=True):
+    batches_a = batches(task.source.shape[1], steps, [400 + seed for seed in seeds])
+    batches_b = batches(task.target.shape[1], steps, [500 + seed for seed in seeds])
+    for rows_a, rows_b in zip(batches_a, batches_b, strict=True):
         features = student(noisy(take(task.target, rows_b), generator))
         if align is None:
             loss = label_loss(classifier(features), take(task.target_labels, rows_b))
@@ -245,12 +245,13 @@ def train_target(
 # %%
 # The losses
 # ----------
-# Each alone, so no weights between them are to be chosen. Distances between features are at most
-# :math:`2\sqrt{D} = 8`; the bandwidths lie below that, and epsilon below its square.
-# `matching="plan"`, since nothing makes the k-th prototype of one view the k-th of the other.
+# Each loss is used alone, so there are no weights between losses to choose. Distances between
+# features are at most :math:`2\sqrt{D} = 8`; the bandwidths lie below that, and epsilon below its
+# square. The prototype loss has `matching="plan"`, since the views are unpaired and prototypes of
+# equal index do not correspond.
 #
-# `CosineDecouplingLoss` is not here: it compares two features of the same sample, and says nothing
-# about the distribution of two sets of samples.
+# `CosineDecouplingLoss` is left out: it compares two features of the same sample, not the
+# distributions of two sets of samples.
 
 
 def make_losses() -> dict[str, nn.Module]:
@@ -275,27 +276,27 @@ def make_losses() -> dict[str, nn.Module]:
 # %%
 # The experiment
 # --------------
-# The same number of steps, batch size and learning rate in every row. They, the bandwidths, epsilon
-# and the angles were chosen on the training split alone, by the accuracy on a part of it that was
-# set aside with its labels. Later, for the speed of this page and with the table in sight, epsilon
-# was doubled, batches were made smaller, and steps half as many and twice as large. With no label
-# of view B at all one could not have chosen so: the table is what the losses can do, not what they
-# do untuned.
+# All rows have the same number of steps, batch size and learning rate. These, the bandwidths,
+# epsilon and the angles were chosen on the training split alone, by the accuracy on a labelled part
+# that was held out. Then, to make this page faster, and with the results of the test split known,
+# epsilon was doubled, batches were made smaller, the number of steps was halved and the learning
+# rate doubled. These choices are not possible without labels of view B: the table shows what the
+# losses reach when they are tuned.
 
 NONE, CEILING = "no alignment", "labels of view B"
 
 
 class Outcome(NamedTuple):
-    """What came out for one view B, by row of the table."""
+    """The results for one rotation of view B, by row of the table."""
 
     accuracy: dict[str, np.ndarray]
-    """On the test split through view B, in per cent, one for each seed."""
+    """Accuracy on view B of the test split, in per cent, for each seed."""
     renamed: dict[str, np.ndarray]
-    """The same, had the predicted classes been renamed one to one in the best way."""
+    """The accuracy after the best one-to-one renaming of the predicted classes."""
     discrepancy: dict[str, float]
     """MMD^2 between the features of the two views on the test split, mean over seeds."""
     features: dict[str, np.ndarray]
-    """Of the first seed's test split through view B; under "source", through view A."""
+    """Features of view B of the first seed's test split; of view A under "source"."""
 
 
 def accuracies(predicted: Tensor, labels: Tensor) -> np.ndarray:
@@ -304,12 +305,12 @@ def accuracies(predicted: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def renamed_accuracies(predicted: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the best accuracy that renaming the predicted classes one to one can give."""
+    """Return the accuracy after the best one-to-one renaming of the predicted classes."""
     results = []
-    for ours, theirs in zip(predicted.numpy(), labels.numpy(), strict=True):
+    for classes, true_classes in zip(predicted.numpy(), labels.numpy(), strict=True):
         counts = np.zeros((CLASSES, CLASSES))
-        np.add.at(counts, (ours, theirs), 1)
-        results.append(100 * counts[linear_sum_assignment(-counts)].sum() / len(ours))
+        np.add.at(counts, (classes, true_classes), 1)
+        results.append(100 * counts[linear_sum_assignment(-counts)].sum() / len(classes))
     return np.array(results)
 
 
@@ -336,7 +337,7 @@ def run_angle(
             predicted = classifier(features).argmax(-1)
             outcome.accuracy[name] = accuracies(predicted, task.test_labels)
             outcome.renamed[name] = renamed_accuracies(predicted, task.test_labels)
-            # Means over the problems of a batch are what the losses return.
+            # The loss is the mean over the problems of a batch.
             outcome.discrepancy[name] = mmd_loss(
                 [reference, features], bandwidth=[1.0, 2.0, 4.0]
             ).item()
@@ -370,14 +371,14 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def gain(outcome: Outcome, name: str) -> tuple[float, float]:
-    """Return mean and half-width of what `name` adds to no alignment, seed by seed."""
+    """Return mean and half-width of the gain of `name` over no alignment, seed by seed."""
     return mean_interval(outcome.accuracy[name] - outcome.accuracy[NONE])
 
 
 def table(outcomes: dict[float, Outcome], angles: Sequence[float] = ANGLES) -> str:
     """Return accuracy, gain over no alignment, renamed accuracy and discrepancy as text.
 
-    A star marks a gain, or a loss, whose interval leaves out 0.
+    A star marks a difference whose interval excludes 0.
     """
     lines = []
     for angle in angles:
@@ -397,34 +398,33 @@ def table(outcomes: dict[float, Outcome], angles: Sequence[float] = ANGLES) -> s
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a second thread costs more than these small tensors give it to do
+    torch.set_num_threads(1)  # these tensors are too small to gain from a second thread
     outcomes = run()
     print(table(outcomes))
 
 # %%
 # What the intervals show
 # -----------------------
-# They are over seeds: the draw of the halves, of the weights and of the batches. Gains are taken
-# seed by seed, as all rows of a seed start from the same encoder; a star marks an interval that
-# leaves out 0.
+# The intervals are over seeds: the split into halves, the weights and the batches. Gains are
+# differences seed by seed, as all rows of a seed start from the same encoder; a star marks an
+# interval that excludes 0.
 #
-# At 20° alignment earns its place. Every loss gains; MMDLoss and MultiMarginalSinkhornLoss close
-# more than half of the distance to the labels, GaussianMomentLoss less than a fifth. Between the
-# first two the intervals show no difference.
+# At 20° alignment helps. Every loss gains; MMDLoss and MultiMarginalSinkhornLoss close
+# more than half of the distance to training with labels, GaussianMomentLoss less than a fifth. The
+# intervals show no difference between the first two.
 #
-# At 60° it does not. The discrepancy falls by a quarter to more than half, as it should, and
-# accuracy hardly moves: by a few points at best, in intervals that all hold 0. The column "renamed"
-# says why. It is the accuracy had the predicted classes been renamed one to one in the best way,
-# and it does rise, from 41 % to 48 % or 49 % with MultiMarginalSinkhornLoss and MMDLoss and to 53 %
-# with PrototypeAlignmentLoss: the clusters of view B come to lie on those of view A, most on the
-# wrong ones. Nothing in unlabelled, unpaired samples says
-# which belongs to which. Alignment refines a correspondence that is mostly right to begin with;
-# it does not find one. Nor does a discrepancy measure accuracy: trained with labels, view B comes
-# hardly nearer to view A than it was.
+# At 60° it does not help. The discrepancy falls by a quarter to more than half, but accuracy hardly
+# changes: by a few points at best, in intervals that all contain 0. The column "renamed"
+# shows the reason. It is the accuracy after the best one-to-one renaming of the predicted classes,
+# and it rises from 41 % to 48 % or 49 % with MultiMarginalSinkhornLoss and MMDLoss and to 53 %
+# with PrototypeAlignmentLoss: the clusters of view B move onto those of view A, but most onto the
+# wrong ones. Unlabelled, unpaired samples do not contain the correspondence of clusters. Alignment
+# refines a correspondence that is mostly right at the start; it does not find one. A discrepancy
+# does not measure accuracy either: training with labels hardly reduces it.
 #
-# The last panel of the figure shows the range between. At 0° and 10° there is next to nothing to
-# gain (at 0°, where the views are alike, MMDLoss costs between zero and three points), and from 40°
-# on nothing that the intervals would confirm.
+# The last panel of the figure shows the other angles. At 0° and 10° there is almost nothing to
+# gain (at 0°, where the views are equal, MMDLoss loses between zero and three points), and from 40°
+# on the intervals confirm no gain.
 
 STYLE = {
     "font.family": "serif",
@@ -439,7 +439,7 @@ SHOWN = 110
 
 
 def draw(outcomes: dict[float, Outcome], angles: Sequence[float] = ANGLES) -> Figure:
-    """Draw the accuracies, MMDLoss over all angles, and the features before and after it."""
+    """Draw the accuracies, MMDLoss over all angles, and features with and without alignment."""
     count = len(angles)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9.6, 6.0), layout="constrained")
@@ -476,7 +476,7 @@ def draw(outcomes: dict[float, Outcome], angles: Sequence[float] = ANGLES) -> Fi
 
 
 def draw_accuracies(axes: Axes, outcome: Outcome, angle: float) -> None:
-    """Draw mean and interval of each row, and the seeds as points."""
+    """Draw mean and interval of each row, and the values of all seeds."""
     names = list(outcome.accuracy)
     for row, name in enumerate(names):
         values = outcome.accuracy[name]
@@ -524,7 +524,7 @@ def draw_angles(axes: Axes, outcomes: dict[float, Outcome]) -> None:
 
 
 def draw_features(axes: Axes, outcome: Outcome, name: str) -> None:
-    """Draw one t-SNE map of the features of both views, with no sample in both."""
+    """Draw one t-SNE map of the features of both views, for different samples."""
     labels = load_digits().target[deal(0, load_digits().target).test]
     rows_a, rows_b = np.arange(0, 2 * SHOWN, 2), np.arange(1, 2 * SHOWN, 2)
     points = np.concatenate([outcome.features["source"][rows_a], outcome.features[name][rows_b]])

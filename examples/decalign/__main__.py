@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 _PROGRAM = "python -m examples.decalign"
-_DESCRIPTION = """DecAlign. Besides the subcommands below, which do one training, there are
+_DESCRIPTION = """DecAlign. The subcommands below run one training. The other commands are
 
 table (Tables 1, 5, 6, 7), ablate (Table 2), sensitivity (Figure 5), figures (1, 3, 4, 5), table1,
 convert (a pickle to a mapped file), make_sample (a small file in a data set's format) and
@@ -17,11 +17,10 @@ extract (features of raw text and sound); each has --help."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command that `args`, or the process's own arguments, ask for."""
+    """Run the command given by `args`, or by the process's arguments."""
     args = list(sys.argv[1:] if args is None else args)
     name, rest = (args[0], args[1:]) if args else ("", [])
-    # So small a model loses more by waiting for a second thread than it gains from one. For BERT on
-    # a CPU, say how many.
+    # This small model is slower on two threads than on one. For BERT on a CPU, set the variable.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     if name in ("convert", "make_sample"):
@@ -49,6 +48,6 @@ def main(args: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Processes leave together: one that is gone breaks connections the others still hold.
+        # A process that ends early breaks the connections of the others.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,9 +1,9 @@
 """Scaled dot-product attention in several heads, and its products on a CPU.
 
-torch has no fused kernel for a CPU that drops weights. What it does instead keeps several tables
-of T x S weights a head for the backward pass, in memory that takes longer to get than to fill. Here
-the heads take turns, a few at once, so that their weights stay in the cache; what is kept is one
-random number of 16 bits a weight, and the weights are computed again.
+torch has no fused CPU kernel for attention with dropout. Its fallback keeps several tables of
+T x S weights for each head until the backward pass, and allocating them takes longer than filling
+them. This implementation works on a few heads at a time, so that their weights stay in the cache.
+It keeps 16 random bits for each weight, and computes the weights again in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from examples.decalign.dropout import draw_bits, keep_factors
 
 __all__ = ["Attention", "attend"]
 
-# Weights of the heads that are worked on at once.
+# The number of attention weights in a block of heads.
 _BLOCK_ENTRIES = 2**16
 
 
@@ -29,25 +29,25 @@ class Attention(nn.Module):
     """Attention with the parameters of `nn.MultiheadAttention`.
 
     Args:
-        width: D, of queries, keys and output.
-        heads: They divide `width`.
-        dropout: Of the attention weights.
+        width: D, the features of queries, keys and output.
+        heads: The number of heads; divides `width`.
+        dropout: The rate for the attention weights.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        like = nn.MultiheadAttention(width, heads)  # the parameters and how they begin
-        self.in_proj_weight, self.in_proj_bias = like.in_proj_weight, like.in_proj_bias
-        self.out_proj = like.out_proj
+        attention = nn.MultiheadAttention(width, heads)  # for its initial parameters
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
         self.heads = heads
         self.dropout = dropout
 
     def forward(self, queries: Tensor, keys: Tensor, blocked: Tensor) -> Tensor:
-        """Attend from `(N, T, D)` to `(N, S, D)`, but for the keys `blocked` `(N, S)`."""
+        """Attend from `(N, T, D)` to `(N, S, D)`, except to the keys `blocked` `(N, S)`."""
         width = queries.shape[-1]
-        shares = [width, 2 * width]
-        weights = self.in_proj_weight.split(shares)
-        offsets = self.in_proj_bias.split(shares)
+        sizes = [width, 2 * width]
+        weights = self.in_proj_weight.split(sizes)
+        offsets = self.in_proj_bias.split(sizes)
         (query,) = self._heads(functional.linear(queries, weights[0], offsets[0]), 1)
         key, value = self._heads(functional.linear(keys, weights[1], offsets[1]), 2)
         bias = torch.zeros(blocked.shape, dtype=query.dtype, device=query.device)
@@ -56,15 +56,15 @@ class Attention(nn.Module):
         return self.out_proj(attended.reshape(len(queries), width, -1).mT)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """Bring `(N, T, parts * heads * E)` to `(parts, N * heads, E, T)`."""
+        """Rearrange `(N, T, parts * heads * E)` to `(parts, N * heads, E, T)`."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 4, 1).flatten(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop: float = 0.0) -> Tensor:
     r"""Return :math:`V \, \text{dropout}(\text{softmax}(Q^\top K / \sqrt{E} + b))^\top`.
 
-    Features come before steps: products with few features are several times faster that way. On a
-    CPU it has first derivatives only.
+    The dimension of features precedes that of steps, which makes products with few features several
+    times faster. On a CPU the function has first derivatives only.
 
     Args:
         query: `(B, E, T)`.
@@ -111,28 +111,28 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, bits, attended = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        # Of each query, the sum over its keys of weight times derivative.
+        # For each query, the sum over its keys of weight times derivative.
         average = (grad * attended).sum(1).unsqueeze(-1)
-        for q, k, v, b, random, g, a, by_q, by_k, by_v in _blocks(
+        for q, k, v, b, random, g, a, grad_q, grad_k, grad_v in _blocks(
             query, key, value, bias, bits, grad, average, *grads
         ):
             weights = torch.baddbmm(b, q.mT, k).softmax(-1)
-            by_weights = torch.bmm(g.mT, v)
+            grad_weights = torch.bmm(g.mT, v)
             dropped = weights
             if random is not None:
                 factors = keep_factors(random, ctx.drop, weights.dtype)
-                by_weights *= factors
+                grad_weights *= factors
                 dropped = factors.mul_(weights)
-            torch.bmm(g, dropped, out=by_v)
-            by_scores = by_weights.sub_(a).mul_(weights)
-            torch.bmm(k, by_scores.mT, out=by_q)
-            torch.bmm(q, by_scores, out=by_k)
+            torch.bmm(g, dropped, out=grad_v)
+            grad_scores = grad_weights.sub_(a).mul_(weights)
+            torch.bmm(k, grad_scores.mT, out=grad_q)
+            torch.bmm(q, grad_scores, out=grad_k)
         grads[0] *= query.shape[1] ** -0.5
         return *grads, None, None, None
 
 
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield the same few heads of queries, keys and all that goes with them; None stays None."""
+    """Yield the same block of heads of each tensor; None stays None."""
     query, key = tensors[:2]
     count = max(1, _BLOCK_ENTRIES // max(1, query.shape[-1] * key.shape[-1]))
     for start in range(0, len(query), count):

@@ -1,4 +1,4 @@
-"""What a linear model makes of the same data: one modality at a time, and all of them."""
+"""Linear models on the same data: on one modality each, and on all of them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ __all__ = ["linear_scores"]
 def linear_scores(data: ModalityData) -> dict[str, dict[str, float]]:
     """Return the metrics on the test split of a logistic or ridge regression.
 
-    Features are those that the network sees, flattened where a modality is complete and averaged
-    over the valid steps where it is not. The fit is deterministic: it has no seeds. Token ids are
-    no features, and left out.
+    The features are those of the network, flattened if a modality has no mask and averaged over the
+    valid steps otherwise. The fit is deterministic and takes no seed. Token ids are left out.
     """
     views = [name for name, width in data.modalities.items() if width > 0]
     splits = {name: data.splits[name].all() for name in ("train", "test")}

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what it needs to go on where it was interrupted."""
+"""The files in a run's folder, and the state that an interrupted run needs to go on."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["EpochLog", "MetricsWriter", "PredictionWriter", "RandomState"]
 
 
 class RandomState(Callback):
-    """Puts the random numbers of every process into the checkpoint, and back."""
+    """Saves the random state of every process in the checkpoint, and restores it."""
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all processes."""
+        """Return the random states of all processes."""
         own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
         return {"ranks": _gather(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until training starts: what happens before may draw numbers too."""
+        """Keep the states until training starts, since code before it may draw numbers too."""
         self._restored = state_dict["ranks"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with them, once."""
+        """Restore the state of this process, once."""
         if self._restored is not None and trainer.world_size == len(self._restored):
             own = self._restored[trainer.global_rank]
             torch.set_rng_state(own["cpu"].cpu())
@@ -46,7 +46,7 @@ class RandomState(Callback):
 
 
 class EpochLog(Callback):
-    """Writes every epoch's numbers as a table; they are part of the checkpoint.
+    """Writes a table of every epoch's losses and metrics, which is part of the checkpoint.
 
     Args:
         path: The CSV file.
@@ -57,15 +57,15 @@ class EpochLog(Callback):
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epochs so far."""
+        """Return the rows of the table."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after them."""
+        """Restore the rows of the table."""
         self.rows = list(state_dict["rows"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch."""
+        """Add a row for the epoch, and write the table."""
         numbers = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
@@ -91,7 +91,7 @@ class MetricsWriter(Callback):
         self.path = path
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
+        """Write the metrics."""
         metrics = {
             name.removeprefix("test/"): float(value)
             for name, value in trainer.callback_metrics.items()
@@ -102,13 +102,13 @@ class MetricsWriter(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what the model says of each test sample, and the features that it says it from.
+    """Writes the prediction for each test sample, and its features.
 
-    `predictions.csv` has a line a sample: its id, label and prediction. `features.npz` has the
-    pooled features, `unique/NAME` and `common/NAME` `(N, d_s)`, where the network has them.
+    `predictions.csv` has a line for each sample: its id, label and prediction. `features.npz` has
+    the pooled features, `unique/NAME` and `common/NAME` `(N, d_s)`, where the network has them.
 
     Args:
-        folder: Where.
+        folder: The folder of both files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Output],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Collect the processes' parts, which are runs of the split, and write."""
+        """Collect the contiguous parts of all processes, and write the files."""
         target = pl_module.target
         own = {"prediction": target.predict(torch.cat([out.logits for out in predictions]))}
         for kind in ("unique", "common"):
@@ -143,7 +143,7 @@ class PredictionWriter(BasePredictionWriter):
             predicted = predicted.astype(int)
         rows = zip(samples.ids, samples.samples.targets.tolist(), predicted.tolist(), strict=True)
         _write_table(self.folder / "predictions.csv", ["id", "label", "prediction"], rows)
-        # Given a name, numpy would add an ending to it.
+        # numpy would append an ending to a file name, so it gets an open file.
         with replacing(self.folder / "features.npz") as part, part.open("wb") as file:
             np.savez_compressed(file, **whole)
 
@@ -156,7 +156,7 @@ def _write_table(path: Path, columns: Sequence[str], rows: Any) -> None:
 
 
 def _gather(own: Any) -> list[Any]:
-    """Return what each process gives, in their order."""
+    """Return the objects of all processes, in the order of ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
     gathered: list[Any] = [None] * distributed.get_world_size()

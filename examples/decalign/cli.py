@@ -1,4 +1,4 @@
-"""The command line of one training: LightningCLI, YAML files, and a folder for what comes of it."""
+"""The command line of one training: LightningCLI, YAML files, and the folder of the run."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ PACKAGES = (
 class DecAlignCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict``; the modalities come from the data.
 
-    The folder of a run is `trainer.default_root_dir`. `fit` continues what it finds there if it was
-    started with the same options, and ends by evaluating the test split.
+    The folder of a run is `trainer.default_root_dir`. `fit` continues a run in that folder if it
+    had the same options, and evaluates the test split at the end.
 
     Args:
-        args: The arguments; None stands for the process's own.
+        args: The arguments; those of the process if None.
         **kwargs: As in LightningCLI.
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        # A run that goes on finds its checkpoints, and that is meant.
+        # A resumed run has checkpoints in its folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         # A checkpoint may be evaluated in another folder.
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
-        # Between Lightning and torch.
+        # Lightning uses a deprecated name of torch.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         super().__init__(
             MultimodalTask,
@@ -70,14 +70,14 @@ class DecAlignCLI(LightningCLI):
             trainer_defaults={
                 "logger": False,
                 "num_sanity_val_steps": 0,
-                # `GlobalOrder` deals the samples itself.
+                # `GlobalOrder` assigns the samples to processes.
                 "use_distributed_sampler": False,
             },
             **kwargs,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data say what there is and what is asked for."""
+        """Take modalities and target from the data; add `--select`."""
         for name in ("modalities", "target"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_argument(
@@ -88,14 +88,14 @@ class DecAlignCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse `args` alone; Lightning would also look at the calling process's."""
+        """Parse `args` only; Lightning would also parse the arguments of the process."""
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as it is given.
+        """Do not change the configuration.
 
-        Lightning would parse a checkpoint's options into it, among them those that come from the
-        data and are no arguments.
+        Lightning would add a checkpoint's options to it, some of which come from the data and are
+        not arguments.
         """
 
     @property
@@ -109,7 +109,7 @@ class DecAlignCLI(LightningCLI):
         return self.config.get(str(self.subcommand), self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to go on from, or to evaluate."""
+        """Find the checkpoint to resume or to evaluate."""
         if self.subcommand is None:
             return
         last = self.folder / "checkpoints" / "last.ckpt"
@@ -125,11 +125,11 @@ class DecAlignCLI(LightningCLI):
             self.options.ckpt_path = str(last)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return a trainer that keeps the folder."""
-        theirs = self._get(self.config_init, "trainer.callbacks", default=None) or []
+        """Return a trainer with the callbacks that write the folder."""
+        callbacks = self._get(self.config_init, "trainer.callbacks", default=None) or []
         plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
         return super().instantiate_trainer(
-            callbacks=[*theirs, *_callbacks(self.folder)],
+            callbacks=[*callbacks, *_callbacks(self.folder)],
             plugins=[*(plugins if isinstance(plugins, list) else [plugins]), Checkpoints()],
             default_root_dir=self.folder,
             **kwargs,
@@ -148,7 +148,7 @@ class DecAlignCLI(LightningCLI):
 
     @rank_zero_only
     def _record(self) -> None:
-        """Write configuration and versions, or compare the configuration with what is there."""
+        """Write configuration and versions; refuse a folder with another configuration."""
         parser = self._parser(self.subcommand)
         config = parser.dump(self.options)
         path = self.folder / "config.yaml"
@@ -163,7 +163,7 @@ class DecAlignCLI(LightningCLI):
 
 
 def _callbacks(folder: Path) -> list[Any]:
-    """Return what writes the folder, the checkpoints last: they contain the others' state."""
+    """Return the callbacks of the folder, checkpoints last: they save the others' state."""
     checkpoints = {
         "dirpath": folder / "checkpoints",
         "enable_version_counter": False,
@@ -180,8 +180,8 @@ def _callbacks(folder: Path) -> list[Any]:
 
 
 def _environment(options: Any) -> dict[str, Any]:
-    """Return what a number depends on besides the configuration."""
-    found: dict[str, Any] = {
+    """Return everything besides the configuration that results depend on."""
+    environment: dict[str, Any] = {
         "seed": options.seed_everything,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -189,23 +189,23 @@ def _environment(options: Any) -> dict[str, Any]:
     }
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            environment[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    found["commit"] = _commit()
+            environment[package] = None
+    environment["commit"] = _commit()
     path = options.data.init_args.get("path")
     if path is not None and Path(path).is_file():
         digest = hashlib.sha256()
         with Path(path).open("rb") as file:
             while part := file.read(2**20):
                 digest.update(part)
-        found["data"] = f"sha256:{digest.hexdigest()}"
-    found["command"] = sys.argv
-    return found
+        environment["data"] = f"sha256:{digest.hexdigest()}"
+    environment["command"] = sys.argv
+    return environment
 
 
 def _commit() -> str | None:
-    """Return the commit of the working tree, marked where it was changed; None outside git."""
+    """Return the commit of the working tree, marked "-dirty" if changed; None outside git."""
     here = Path(__file__).parent
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

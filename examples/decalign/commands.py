@@ -22,7 +22,7 @@ from examples.decalign.report import (
     spread,
     summarise,
 )
-from examples.decalign.runs import Run, default_workers, parse_data, plan, train_all
+from examples.decalign.runs import Run, default_workers, make_runs, parse_data, train_all
 from examples.decalign.storage import write_atomically
 
 __all__ = ["MODELS", "MODULES", "STRATEGIES", "ablate", "sensitivity", "table"]
@@ -49,7 +49,7 @@ MODULES: dict[str, list[str]] = {
     "none": _off("mfd", "hete", "homo"),
     "no_mfd": _off("mfd"),
 }
-"""The left half of Table 2, and decoupling alone removed, which it does not have."""
+"""The left half of Table 2, and a row without decoupling alone, which the table lacks."""
 
 STRATEGIES: dict[str, list[str]] = {
     "with_ct": [CT],
@@ -58,7 +58,7 @@ STRATEGIES: dict[str, list[str]] = {
     "decalign": [],
     "no_proto_ot": [CT, *_off("proto_ot")],
 }
-"""The right half, in which CT is on: its row without CT is Eq. 13, the left half's full model."""
+"""The right half, in which CT is on. Its row without CT is Eq. 13, the left half's full model."""
 
 # The parts that each row of Table 2 has.
 PARTS = {
@@ -80,19 +80,19 @@ HALVES = {
     "modules": (MODULES, "decalign", PARTS),
     "strategies": (STRATEGIES, "with_ct", STRATEGY_PARTS),
 }
-# The paper's name of a row of Table 2, where it is another one.
+# The paper's name of a row of Table 2, where it differs.
 PAPER_ROWS = {"strategies": {"with_ct": "decalign", "decalign": "no_ct"}}
 
 PAIRED = (
     "In brackets the 95 % interval (Student's t) of the mean difference, seed by seed; * where it "
-    "excludes 0.\nAll are scored on the same test samples: the intervals tell how far the seed "
-    "matters, not what\nother samples would give."
+    "excludes 0.\nAll have the same test samples: the intervals show the effect of the seed, not "
+    "that of other\nsamples."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What the three commands share: the data, where the runs go, how many."""
+    """The data, output folder, seeds and arguments of a command."""
 
     data: ModalityData
     output: Path
@@ -102,17 +102,17 @@ class _Task:
 
     def train(self, variants: Mapping[str, Sequence[str]]) -> dict[str, list[Run]]:
         describe(self.data, self.output)
-        runs = plan(dict(variants), self.seeds, self.output, self.shared)
+        runs = make_runs(dict(variants), self.seeds, self.output, self.shared)
         return train_all(runs, self.workers)
 
     def write(self, name: str, text: str) -> None:
-        """Print a table, and keep it."""
+        """Print a table, and write it to the folder."""
         write_atomically(self.output / f"{name}.txt", text)
         print(text)
 
     def seeds_note(self) -> str:
         seeds = ", ".join(map(str, self.seeds))
-        return f"Test split, mean +- deviation over seeds {seeds}; per cent but for MAE and Corr."
+        return f"Test split, mean +- deviation over seeds {seeds}; per cent except MAE and Corr."
 
 
 def table(args: Sequence[str] | None = None) -> None:
@@ -134,13 +134,15 @@ def table(args: Sequence[str] | None = None) -> None:
     described = json.loads((task.output / "data.json").read_text())
     rows = []
     paper = published(described["published"])
-    # The paper has one Acc-2 and one F1. Its released code leaves out the samples of label 0 on
-    # MOSI and MOSEI; MMSA's CH-SIMS counts all.
-    moved = {} if described["published"] == "sims" else {"acc2": "acc2_nonzero", "f1": "f1_nonzero"}
+    # The paper has one Acc-2 and one F1. On MOSI and MOSEI its released code leaves out the samples
+    # of label 0; MMSA's CH-SIMS counts all.
+    renamed = {"acc2": "acc2_nonzero", "f1": "f1_nonzero"}
+    if described["published"] == "sims":
+        renamed = {}
     for name, values in paper.items():
-        placed = {moved.get(metric, metric): value for metric, value in values.items()}
+        known = {renamed.get(metric, metric): value for metric, value in values.items()}
         rows.append(
-            [f"{name} (paper)"] + [spread(m, [placed[m]]) if m in placed else "" for m in metrics]
+            [f"{name} (paper)"] + [spread(m, [known[m]]) if m in known else "" for m in metrics]
         )
     rows += [
         [name] + [spread(m, values[m]) for m in metrics] for name, values in everything.items()
@@ -149,7 +151,7 @@ def table(args: Sequence[str] | None = None) -> None:
         task.seeds_note(),
         "linear: logistic or ridge regression on the same features; no seed.",
     ]
-    if moved and paper:
+    if renamed and paper:
         notes.append(
             "The paper does not say how it counts Acc-2 and F1; its code leaves out label 0."
         )
@@ -215,29 +217,29 @@ def sensitivity(args: Sequence[str] | None = None) -> None:
     scores = _collect(task.train(variants))
     metric = _f1(task.data)
     grid = [[scores[f"alpha_{alpha}_beta_{beta}"][metric] for beta in betas] for alpha in alphas]
-    found = {
+    result = {
         "metric": metric,
         "alphas": alphas,
         "betas": betas,
         "seeds": task.seeds,
         "values": grid,
     }
-    write_atomically(task.output / "sensitivity.json", json.dumps(found, indent=2) + "\n")
+    write_atomically(task.output / "sensitivity.json", json.dumps(result, indent=2) + "\n")
     head = ["alpha \\ beta", *map(str, betas)]
     rows = [
         [str(alpha), *(spread(metric, cell) for cell in row)]
         for alpha, row in zip(alphas, grid, strict=True)
     ]
     task.write("sensitivity", render(head, rows, f"{TITLES[metric]}. {task.seeds_note()}"))
-    figures.sensitivity(found, task.output / "figure_5.png")
+    figures.sensitivity(result, task.output / "figure_5.png")
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.decalign {name}",
         description=description,
-        epilog="Other arguments, such as --config FILE, go to every training as they go to `fit`. "
-        "What is trained already is not trained again.",
+        epilog="Other arguments, such as --config FILE, are passed to every training, as to `fit`. "
+        "Models that are trained already are not trained again.",
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
@@ -265,7 +267,7 @@ def _parse(
 
 
 def _f1(data: ModalityData) -> str:
-    """Return which F1 stands beside the paper's; see `table`."""
+    """Return the F1 that is comparable with the paper's; see `table`."""
     if data.target.kind == "class":
         return "weighted_f1"
     return "f1" if data.published == "sims" else "f1_nonzero"

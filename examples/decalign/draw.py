@@ -1,4 +1,4 @@
-"""The commands that read what `table`, `ablate` and `sensitivity` left: `figures` and `table1`."""
+"""The commands on the output of `table`, `ablate` and `sensitivity`: `figures` and `table1`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = {
     "iemocap": ["accuracy", "weighted_f1"],
     "sims": ["mae", "f1"],
 }
-# What is plotted against what in Figure 1: of the paper's columns.
+# The two of the paper's columns that Figure 1 plots against each other.
 BUBBLES = {
     "mosi": ("acc2", "f1"),
     "mosei": ("acc2", "f1"),
@@ -46,8 +46,8 @@ def figures(args: Sequence[str] | None = None) -> None:
     """Draw the paper's figures from the runs in a folder."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.decalign figures",
-        description="Draw what the runs in a folder allow: Figure 1 (Acc-2 against F1 beside the "
-        "paper's rows), 3 (confusion matrices), 4 (bars of each category and the modality gap "
+        description="Draw the figures that a folder has runs for: Figure 1 (Acc-2 against F1, with "
+        "the paper's rows), 3 (confusion matrices), 4 (bars of each category and the modality gap "
         "under ablation), 5 (sensitivity).",
     )
     parser.add_argument("folder", type=Path, help="the output of table, ablate or sensitivity")
@@ -84,10 +84,10 @@ def _bubbles(name: str | None, runs: Mapping[str, list[Run]], folder: Path) -> b
     ours = {}
     for model in MODELS:
         if model in runs:
-            counted = {m: _counted(name, m) for m in (x, y, "mae")}
+            keys = {m: _comparable_metric(name, m) for m in (x, y, "mae")}
             means = {
                 m: float(np.mean([run.scores[key] for run in runs[model]]))
-                for m, key in counted.items()
+                for m, key in keys.items()
                 if key in runs[model][0].scores
             }
             ours[model] = (means[x], means[y], means.get("mae"))
@@ -95,8 +95,8 @@ def _bubbles(name: str | None, runs: Mapping[str, list[Run]], folder: Path) -> b
     return True
 
 
-def _counted(name: str, metric: str) -> str:
-    """Return which of our metrics stands beside the paper's."""
+def _comparable_metric(name: str, metric: str) -> str:
+    """Return the name of our metric that is comparable with the paper's."""
     if name in ("mosi", "mosei") and metric in ("acc2", "f1"):
         return f"{metric}_nonzero"
     return metric
@@ -136,11 +136,11 @@ def _gap(runs: Mapping[str, list[Run]], folder: Path) -> bool:
         "heterogeneous alone": "no_homo",
         "both": "decalign",
     }
-    there = {stage: runs[name][0] for stage, name in stages.items() if name in runs}
-    if len(there) < 2:
+    available = {stage: runs[name][0] for stage, name in stages.items() if name in runs}
+    if len(available) < 2:
         return False
     rows = {
-        f"{kind} features": {stage: run.features(kind) for stage, run in there.items()}
+        f"{kind} features": {stage: run.features(kind) for stage, run in available.items()}
         for kind in ("unique", "common")
     }
     drawing.modality_gap(rows, folder / "figure_4_gap.png")
@@ -159,27 +159,27 @@ def _categories(target: Target, group: Sequence[Run]) -> tuple[np.ndarray, np.nd
     """Return labels and predictions of all runs, as indices of categories."""
     parts = [run.predictions for run in group]
     if target.kind == "class":
-        found = [np.concatenate(x).astype(int) for x in zip(*parts, strict=True)]
+        labels, predicted = (np.concatenate(x).astype(int) for x in zip(*parts, strict=True))
     else:
-        found = [
+        labels, predicted = (
             target.category(torch.from_numpy(np.concatenate(x))).numpy()
             for x in zip(*parts, strict=True)
-        ]
-    return found[0], found[1]
+        )
+    return labels, predicted
 
 
 def table1(args: Sequence[str] | None = None) -> None:
-    """Print Table 1 from what `table` left for its data sets."""
+    """Print Table 1 from the output of `table` on its data sets."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.decalign table1",
-        description="Table 1: the paper's rows, and ours of the data sets that `table` was run on.",
+        description="Table 1: the paper's rows, and ours for data sets that `table` was run on.",
     )
     parser.add_argument("folders", nargs="*", type=Path, help="outputs of `table`")
     print(table_1(parser.parse_args(args).folders))
 
 
 def table_1(folders: Sequence[Path]) -> str:
-    """Return Table 1: the paper's rows and ours, of the data sets that `table` was run on."""
+    """Return Table 1: the paper's rows, and ours for data sets that `table` was run on."""
     file = read_published()
     names = list(COLUMNS)
     ours: dict[str, dict[str, Mapping[str, Sequence[float]]]] = {}
@@ -202,15 +202,15 @@ def table_1(folders: Sequence[Path]) -> str:
     for model in papers["mosi"]:
         rows.append([f"{model} (paper)"])
         for name in names:
-            found = papers[name].get(model, {})
-            rows[-1] += [spread(m, [found[m]]) if m in found else "" for m in COLUMNS[name]]
+            known = papers[name].get(model, {})
+            rows[-1] += [spread(m, [known[m]]) if m in known else "" for m in COLUMNS[name]]
     for model in MODELS:
         if any(model in models for models in ours.values()):
             rows.append([model])
             for name in names:
-                found = ours.get(name, {}).get(model, {})
+                scores = ours.get(name, {}).get(model, {})
                 for metric in COLUMNS[name]:
-                    values = found.get(_counted(name, metric))
+                    values = scores.get(_comparable_metric(name, metric))
                     rows[-1].append("" if values is None else spread(metric, values))
     head = ["Table 1", *(f"{name} {TITLES[m]}" for name in names for m in COLUMNS[name])]
     return render(head, rows, "Acc-2 and F1 of MOSI and MOSEI without the samples of label 0.")

@@ -1,7 +1,8 @@
 """Dropout that draws few random numbers.
 
-A CPU draws one number after the other: with one for each entry, dropout is a third of a training
-step. Here one draw of 64 bits serves four entries, hence probabilities are multiples of 2^-16.
+A CPU draws numbers one after the other. With one draw for each entry, dropout takes a third of the
+time of a training step. Here one draw of 64 bits serves four entries, so probabilities are
+multiples of 2^-16.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ __all__ = ["Dropout", "draw_bits", "keep_factors"]
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU, with few draws."""
+    """`nn.Dropout`, with few draws on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with entries set to zero, and the rest scaled, in training."""
+        """Return `x`, in training with random entries set to zero and the others scaled."""
         if x.device.type != "cpu":
             return functional.dropout(x, self.p, self.training)
         if not self.training or self.p == 0:
@@ -36,10 +37,10 @@ def draw_bits(shape: Sequence[int]) -> Tensor:
 
 
 def keep_factors(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """Return what to multiply by: 0 with probability p, else such that the mean is 1."""
+    """Return factors of mean 1 that are 0 with probability p."""
     dropped = round(p * 2**16)
     if dropped == 2**16:
         return torch.zeros(bits.shape, dtype=dtype)
-    # Written as numbers at once: booleans, converted later, would take longer than the draws.
+    # Written as numbers, since converting booleans would take longer than the draws.
     factors = torch.ge(bits, dropped - 2**15, out=torch.empty(bits.shape, dtype=dtype))
     return factors.div_(1 - dropped / 2**16)

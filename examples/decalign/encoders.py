@@ -15,15 +15,15 @@ __all__ = ["Distribution", "DistributionEncoder", "Encoder", "TemporalConv", "ma
 class TemporalConv(nn.Module):
     """Convolution over time that brings one modality to the common shape T_s x d_s.
 
-    The convolution keeps the length ("same" padding, so that T = 1 works); the steps are then
+    The convolution keeps the length ("same" padding, so T = 1 works). The steps are then
     averaged over T_s equal parts of the time axis, or repeated where T < T_s.
 
     Args:
         dim: d_m, the features of one step.
         width: d_s.
         length: T_s.
-        kernel_size: Steps under the kernel; odd.
-        dropout: Of the input.
+        kernel_size: The number of steps in the kernel; odd.
+        dropout: The rate for the input.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class TemporalConv(nn.Module):
         self.conv = nn.Conv1d(dim, width, kernel_size, padding="same")
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(N, T_s, d_s)` and its valid steps from `(N, T, d_m)` and those of `x`."""
-        # torch.where, not a product: what stands in an invalid step may be NaN.
+        """Return `(N, T_s, d_s)` and its valid steps, from `x` `(N, T, d_m)` and its mask."""
+        # torch.where, not a product, since an invalid step may hold NaN.
         x = torch.where(mask.unsqueeze(-1), x, x.new_zeros(()))
         x = self.conv(self.dropout(x).mT).mT
         share = mask.unsqueeze(1) * _overlap(x.shape[1], self.length, x)
@@ -46,10 +46,10 @@ class TemporalConv(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Two layers on each time step; the unique and the common encoders are alike.
+    """Two layers on each time step, for unique and for common features.
 
-    The last normalisation fixes the scale of the features: without it every alignment loss could
-    be lowered by shrinking them.
+    The normalisation at the end fixes the scale of the features. Without it, shrinking them would
+    reduce every alignment loss.
     """
 
     def __init__(self, width: int, dropout: float = 0.0) -> None:
@@ -63,13 +63,13 @@ class Encoder(nn.Sequential):
 
 
 class Distribution(NamedTuple):
-    """Gaussian of each sample, `(N, d_s)`; a point where `log_variance` is None."""
+    """The Gaussian of each sample, `(N, d_s)`; a point if `log_variance` is None."""
 
     mean: Tensor
     log_variance: Tensor | None
 
     def sample(self) -> Tensor:
-        """Draw from it with gradients to both parameters."""
+        """Draw a sample, with gradients to both parameters."""
         if self.log_variance is None:
             return self.mean
         return self.mean + (self.log_variance / 2).exp() * torch.randn_like(self.mean)
@@ -80,8 +80,8 @@ class DistributionEncoder(nn.Module):
 
     Args:
         width: d_s.
-        stochastic: Whether it gives a variance too; without it, it is a plain MLP, as in the
-            authors' released code.
+        stochastic: Whether to return a variance too. Without it the encoder is a plain MLP, as in
+            the authors' released code.
     """
 
     def __init__(self, width: int, *, stochastic: bool = True) -> None:
@@ -90,7 +90,7 @@ class DistributionEncoder(nn.Module):
         self.mean = nn.Linear(2 * width, width)
         self.log_variance = nn.Linear(2 * width, width) if stochastic else None
         if self.log_variance is not None:
-            # Start with little noise; how much is useful is learned.
+            # Start with little noise; training adjusts it.
             nn.init.constant_(self.log_variance.bias, -4.0)
 
     def forward(self, common: Tensor) -> Distribution:
@@ -101,14 +101,14 @@ class DistributionEncoder(nn.Module):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of `(N, T, D)` over the valid steps `(N, T)`; 0 where there is none."""
+    """Return the mean of `(N, T, D)` over the valid steps `(N, T)`; 0 without a valid step."""
     total = torch.where(mask.unsqueeze(-1), x, x.new_zeros(())).sum(1)
     return total / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def _overlap(length: int, parts: int, like: Tensor) -> Tensor:
-    """Return how much of each of `parts` equal parts each of `length` steps fills."""
-    # In units of 1 / (length * parts) all borders are whole numbers.
+    """Return the overlap of each of `length` steps with each of `parts` equal parts of the axis."""
+    # In units of 1 / (length * parts) of the axis, all borders are whole numbers.
     step = torch.arange(length, device=like.device) * parts
     part = torch.arange(parts, device=like.device).unsqueeze(1) * length
     shared = torch.minimum(step + parts, part + length) - torch.maximum(step, part)

@@ -1,18 +1,18 @@
-"""Features from raw text and sound, and from the files that visual tools write: `extract`.
+"""The command `extract`: features of raw text and sound, and of the files of visual tools.
 
 The input is a table of utterances, a CSV file with the columns
 
 - `id`, `split` ("train", "valid" or "test") and `label` (a score, or the number of a class);
-- `text`, what is said;
+- `text`, the transcript;
 - `audio`, the path of a 16-bit PCM WAV file;
-- `vision`, the path of a CSV file with a row a frame: of OpenFace, whose columns of action units
-  are used (`AU*_r`, `AU*_c`), or of any other tool, whose numeric columns are all used. A NumPy
-  file (`.npy`, `(T, d)` or `(d)`), as MA-Net's features come, is read as it is.
+- `vision`, the path of a CSV file with a row for each frame. Of a file of OpenFace, the columns of
+  action units are used (`AU*_r`, `AU*_c`); of any other tool, all numeric columns. A NumPy file
+  (`.npy`, `(T, d)` or `(d)`), the format of MA-Net's features, is read unchanged.
 
 Paths are relative to the table. The output is a safetensors file in the layout that the data
-modules read. Text comes as hidden states and, for an encoder to be trained, as token ids. The
-paper's extractors are the defaults but for COVAREP, which is a MATLAB program: sound is encoded by
-wav2vec 2.0 here, as the paper does for IEMOCAP.
+modules read. It holds text as hidden states and, for an encoder that is trained, as token ids. The
+defaults are the paper's extractors, except that wav2vec 2.0 replaces COVAREP, a MATLAB program; the
+paper uses it for IEMOCAP.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ COLUMNS = ("id", "split", "label", "text", "audio", "vision")
 
 
 class TextFeatures:
-    """The last hidden states of a pretrained text encoder, and the token ids they are of.
+    """The last hidden states of a pretrained text encoder, and its token ids.
 
     Args:
         name: A folder, or a name on the hub: BERT, DeBERTa and others.
-        steps: Tokens of an utterance, cut off and padded to.
-        device: Where to run it.
+        steps: The number of tokens to which an utterance is truncated or padded.
+        device: The device of the encoder.
     """
 
     def __init__(self, name: str, steps: int, device: str = "cpu") -> None:
@@ -57,7 +57,7 @@ class TextFeatures:
         self.device = device
 
     def __call__(self, texts: Sequence[str]) -> tuple[Array, Array]:
-        """Return states `(N, T, d)`, zeros after the end, and ids, mask, segments `(N, 3, T)`."""
+        """Return states `(N, T, d)`, zeros in padding, and ids, mask and segments `(N, 3, T)`."""
         tokens = self.tokenizer(
             list(texts),
             padding="max_length",
@@ -76,11 +76,11 @@ class TextFeatures:
 
 
 class SoundEncoder:
-    """The last hidden states of wav2vec 2.0, about 50 a second.
+    """The last hidden states of wav2vec 2.0, about 50 for each second.
 
     Args:
         name: A folder, or a name on the hub.
-        device: Where to run it.
+        device: The device of the encoder.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
@@ -101,7 +101,7 @@ class SoundEncoder:
 
 
 def read_wave(path: str | Path, rate: int) -> Array:
-    """Return the samples of a 16-bit WAV file in [-1, 1): its channels' mean, at another rate."""
+    """Return the mean of the channels of a 16-bit WAV file in [-1, 1), resampled to `rate`."""
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, own = file.getsampwidth(), file.getnchannels(), file.getframerate()
@@ -120,10 +120,10 @@ def read_wave(path: str | Path, rate: int) -> Array:
 
 
 def read_vision(path: str | Path) -> Array:
-    """Return the features `(T, d)` that a visual tool has written; see above."""
+    """Return the features `(T, d)` in the file of a visual tool."""
     path = Path(path)
     if path.suffix == ".npy":
-        # Plain arrays alone: an array of objects is a pickle.
+        # Without pickles, that is, without arrays of objects.
         try:
             with path.open("rb") as file:
                 features = np.lib.format.read_array(file, allow_pickle=False)
@@ -152,7 +152,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("destination", type=Path, help="a file that ends in .safetensors")
     parser.add_argument("--text", default="bert-base-uncased", help="BERT, DeBERTa, ...")
     parser.add_argument("--audio", default="facebook/wav2vec2-base-960h", help="wav2vec 2.0")
-    parser.add_argument("--steps", type=int, default=50, help="of text; others are averaged to it")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="steps of text; others are averaged to it"
+    )
     parser.add_argument(
         "--utterance", action="store_true", help="average over time, as for IEMOCAP: T = 1"
     )
@@ -181,11 +183,11 @@ def main(args: Sequence[str] | None = None) -> None:
         }
         readers: dict[str, Callable[[Path], Array]] = {"audio": sound, "vision": read_vision}
         for name, read in readers.items():
-            found = [
+            sequences = [
                 read(folder / row[name])
                 for row in tqdm(chosen, desc=f"{split} {name}", leave=False)
             ]
-            table[name], lengths = _pad(found, options.steps)
+            table[name], lengths = _pad(sequences, options.steps)
             table[f"{name}_lengths"] = lengths
         if options.utterance:
             _average(table)
@@ -203,7 +205,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _labels(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Return labels as scores, and as classes where all are whole numbers from 0 on."""
+    """Return labels as scores, and as classes if all are whole numbers of at least 0."""
     scores = np.array([float(row["label"]) for row in rows])
     labels: dict[str, Any] = {"regression_labels": scores.astype(np.float32)}
     if (scores >= 0).all() and (scores == np.floor(scores)).all():
@@ -218,9 +220,9 @@ def _batches(
         yield [row[name] for row in rows[start : start + size]]
 
 
-def _pad(found: Sequence[Array], steps: int) -> tuple[Array, NDArray[np.int64]]:
-    """Return sequences in one array, and their lengths; longer ones averaged over equal parts."""
-    short = [x if len(x) <= steps else _shorten(x, steps) for x in found]
+def _pad(sequences: Sequence[Array], steps: int) -> tuple[Array, NDArray[np.int64]]:
+    """Return padded sequences and their lengths; longer ones are averaged over equal parts."""
+    short = [x if len(x) <= steps else _shorten(x, steps) for x in sequences]
     padded = np.zeros((len(short), steps, short[0].shape[1]), np.float32)
     for row, x in zip(padded, short, strict=True):
         row[: len(x)] = x

@@ -36,7 +36,7 @@ STYLE = {
     "axes.linewidth": 0.6,
     "savefig.dpi": 200,
 }
-# Told apart in grey and by the colour-blind.
+# The colours differ in greyscale and for colour-blind readers.
 COLOURS = ("#0072B2", "#E69F00")
 SHOWN_PAIRS = 200
 
@@ -44,11 +44,11 @@ SHOWN_PAIRS = 200
 def confusion_matrices(
     models: Mapping[str, tuple[Array, Array]], categories: Sequence[str], path: Path
 ) -> None:
-    """Draw true against predicted categories of each model, in per cent of each true one.
+    """Draw the confusion matrix of each model, in per cent of each true category.
 
     Args:
         models: Labels and predictions by model, both as indices of `categories`.
-        categories: Their names.
+        categories: The names of the categories.
         path: The PNG to write.
     """
     count = len(categories)
@@ -80,7 +80,7 @@ def confusion_matrices(
             long = max(map(len, categories)) > 3
             axes.tick_params(axis="x", rotation=45 if long else 0)
             accuracy = 100 * np.mean(labels == predicted)
-            axes.set_title(f"{model}: {accuracy:.1f} % right")
+            axes.set_title(f"{model}: {accuracy:.1f} % correct")
         grid[0].set_ylabel("true")
         bar = figure.colorbar(image, ax=grid, shrink=0.9)
         bar.set_label("% of the true category")
@@ -89,7 +89,7 @@ def confusion_matrices(
 
 
 def category_f1(labels: Array, predicted: Array, count: int) -> Array:
-    """Return the F1 of each category, 0 for one that is neither there nor predicted."""
+    """Return the F1 of each category; 0 for one that occurs in neither labels nor predictions."""
     return np.asarray(
         f1_score(labels, predicted, labels=range(count), average=None, zero_division=0)
     )
@@ -101,8 +101,8 @@ def category_bars(
     """Draw each category's F1 under ablation: mean and deviation over seeds.
 
     Args:
-        scores: For each model, one array of the categories' F1 a seed.
-        categories: Their names.
+        scores: For each model, an array of the categories' F1 for each seed.
+        categories: The names of the categories.
         path: The PNG to write.
     """
     width = 0.8 / len(scores)
@@ -125,7 +125,7 @@ def category_bars(
         axes.set(xticks=places, xticklabels=categories, ylabel="F1 of the category, %")
         lowest = min(100 * np.stack(v).mean(0).min() for v in scores.values())
         if lowest > 60:
-            # The axis is cut, and says so.
+            # The axis does not start at 0; its label says so.
             axes.set_ylim(np.floor(lowest / 10) * 10 - 5, 100)
             axes.set_ylabel("F1 of the category, % (axis cut)")
         axes.spines[["top", "right"]].set_visible(False)
@@ -142,9 +142,9 @@ def bubbles(
     """Draw two metrics against each other; the larger a bubble, the smaller the model's MAE.
 
     Args:
-        paper: The published rows: both metrics, and the mean absolute error where there is one.
-        ours: What was trained here, likewise.
-        titles: Of the two metrics.
+        paper: The published rows: both metrics, and the mean absolute error or None.
+        ours: The rows trained here, in the same form.
+        titles: The names of the two metrics.
         path: The PNG to write.
     """
     points = [
@@ -165,7 +165,7 @@ def bubbles(
         for colour, label in zip(COLOURS, ("as published", "trained here"), strict=True):
             axes.scatter([], [], c=colour, label=label, linewidths=0.6, edgecolors="black")
         axes.margins(0.08)
-        # The names stand in a column, in the order of the points, each joined to its own.
+        # The names are in a column, in the order of the points, each joined to its point by a line.
         for place, (x, y, _, name, _) in zip(
             np.linspace(0.02, 0.98, len(points)), points, strict=True
         ):
@@ -183,14 +183,14 @@ def bubbles(
         _save(figure, path)
 
 
-def sensitivity(found: Mapping[str, Any], path: Path) -> None:
+def sensitivity(result: Mapping[str, Any], path: Path) -> None:
     """Draw a score over the grid of alpha and beta, the mean over seeds.
 
     Args:
-        found: What the command `sensitivity` writes.
+        result: The output of the command `sensitivity`.
         path: The PNG to write.
     """
-    values = 100 * np.asarray(found["values"])
+    values = 100 * np.asarray(result["values"])
     means = values.mean(-1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.8), layout="constrained")
@@ -211,10 +211,10 @@ def sensitivity(found: Mapping[str, Any], path: Path) -> None:
                 color="white" if means[row, column] > middle else "black",
             )
         axes.set(
-            xticks=range(len(found["betas"])),
-            yticks=range(len(found["alphas"])),
-            xticklabels=found["betas"],
-            yticklabels=found["alphas"],
+            xticks=range(len(result["betas"])),
+            yticks=range(len(result["alphas"])),
+            xticklabels=result["betas"],
+            yticklabels=result["alphas"],
             xlabel=r"$\beta$ (homogeneous)",
             ylabel=r"$\alpha$ (heterogeneous)",
         )
@@ -225,16 +225,16 @@ def sensitivity(found: Mapping[str, Any], path: Path) -> None:
 
 
 def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Path) -> None:
-    """Draw paired t-SNE maps of language and vision, or the first two, lines joining the pairs.
+    """Draw t-SNE maps of language and vision, or of the first two, with lines between pairs.
 
-    Each map is one t-SNE of both modalities together. The numbers under it are measured in the
+    Each map is one t-SNE of both modalities together. The two numbers under it are measured in the
     feature space, since distances in a map mean little: the distance between the modalities'
-    centres over the spread around them, and the mean distance in a pair over that between samples
-    that are no pair.
+    centres divided by the spread around them, and the mean distance within pairs divided by that
+    between samples of different pairs.
 
     Args:
-        rows: For each kind of features and each stage, which becomes a column, the features
-            `(N, D)` by modality.
+        rows: The features `(N, D)` by modality, for each kind of features (a row) and each stage
+            (a column).
         path: The PNG to write.
     """
     columns = list(dict.fromkeys(stage for stages in rows.values() for stage in stages))
@@ -248,7 +248,7 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
             for axes, stage in zip(row, columns, strict=True):
                 axes.set(xticks=[], yticks=[])
                 if stage in stages:
-                    names = _two(list(stages[stage]))
+                    names = _two_modalities(list(stages[stage]))
                     x, y = (stages[stage][name] for name in names)
                     _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
                     axes.set_xlabel(
@@ -260,13 +260,13 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
 
 
 def centre_gap(x: Array, y: Array) -> float:
-    """Return the distance of the two centres over the root mean square distance from them."""
+    """Return the distance of the centres divided by the root mean square distance from them."""
     spread = np.sqrt((x.var(0).sum() + y.var(0).sum()) / 2)
     return float(np.linalg.norm(x.mean(0) - y.mean(0)) / max(spread, 1e-12))
 
 
 def pair_ratio(x: Array, y: Array) -> float:
-    """Return the mean distance within a pair over that between samples of different pairs."""
+    """Return the mean distance within pairs divided by that between samples of different pairs."""
     distances = np.linalg.norm(x[:, None] - y[None], axis=-1)
     count = len(x)
     within = np.trace(distances) / count
@@ -274,7 +274,7 @@ def pair_ratio(x: Array, y: Array) -> float:
     return float(within / max(across, 1e-12))
 
 
-def _two(names: list[str]) -> list[str]:
+def _two_modalities(names: list[str]) -> list[str]:
     """Return language and vision, as in the paper, or the first two."""
     return ["text", "vision"] if {"text", "vision"} <= set(names) else names[:2]
 
@@ -294,6 +294,6 @@ def _draw_pairs(axes: Axes, x: Array, y: Array, names: list[str]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write without pyplot, which would ask for a display and keep the figure."""
+    """Write a figure without pyplot, which would need a display and keep the figure."""
     FigureCanvasAgg(figure)
     figure.savefig(path)

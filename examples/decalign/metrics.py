@@ -1,14 +1,14 @@
 """The metrics of the paper, from torchmetrics.
 
-Scores (MOSI, MOSEI, CH-SIMS): mean absolute error, Pearson's correlation, and accuracies of what
-the score says. The literature counts two classes in two ways, and both are here: "acc2" and "f1"
-tell negative from non-negative over all samples (CH-SIMS: positive from the rest), "acc2_nonzero"
-and "f1_nonzero" leave out the samples whose label is 0. F1 is weighted by class. "acc3" is
-CH-SIMS's negative, neutral, positive; "acc7" the nearest whole number.
+Scores (MOSI, MOSEI, CH-SIMS) have the mean absolute error, Pearson's correlation, and accuracies of
+the score's category. The literature counts two classes in two ways, and both are computed: "acc2"
+and "f1" distinguish negative from non-negative over all samples (CH-SIMS: positive from the rest);
+"acc2_nonzero" and "f1_nonzero" leave out the samples of label 0. F1 is weighted by class. "acc3" is
+for negative, neutral and positive of CH-SIMS, "acc7" for the nearest whole number.
 
-Classes (IEMOCAP, digits): "accuracy", which is WAcc of Eq. 14 with a class's recall as its
-accuracy, since weighting recalls by the classes' sizes counts the hits; and "weighted_f1" (WAF1,
-Eq. 15).
+Classes (IEMOCAP, digits) have "accuracy" and "weighted_f1" (WAF1, Eq. 15). The accuracy equals WAcc
+of Eq. 14 if a class's accuracy is its recall: recalls weighted by class sizes count the right
+predictions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IGNORED = -1
 
 
 def make_metrics(target: Target) -> MetricCollection:
-    """Return the metrics of a data set; they are updated with what `Target.predict` returns."""
+    """Return the metrics of a data set, to be updated with the results of `Target.predict`."""
     count = len(target.categories)
     if target.kind == "class":
         return MetricCollection(
@@ -42,10 +42,12 @@ def make_metrics(target: Target) -> MetricCollection:
     def nonzero_polarity(scores: Tensor) -> Tensor:
         return torch.where(scores == 0, IGNORED, target.polarity(scores))
 
-    def reading(
-        metric: Metric, read: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor]
+    def transformed(
+        metric: Metric,
+        transform_scores: Callable[[Tensor], Tensor],
+        transform_labels: Callable[[Tensor], Tensor],
     ) -> Metric:
-        return LambdaInputTransformer(metric, read, truth)
+        return LambdaInputTransformer(metric, transform_scores, transform_labels)
 
     def positive(scores: Tensor) -> Tensor:
         return (scores > 0).long()
@@ -56,15 +58,15 @@ def make_metrics(target: Target) -> MetricCollection:
         {
             "mae": MeanAbsoluteError(),
             "corr": PearsonCorrCoef(),
-            "acc2": reading(MulticlassAccuracy(2, average="micro"), polarity, polarity),
-            "f1": reading(MulticlassF1Score(2, average="weighted"), polarity, polarity),
-            "acc2_nonzero": reading(
+            "acc2": transformed(MulticlassAccuracy(2, average="micro"), polarity, polarity),
+            "f1": transformed(MulticlassF1Score(2, average="weighted"), polarity, polarity),
+            "acc2_nonzero": transformed(
                 MulticlassAccuracy(average="micro", **nonzero), positive, nonzero_polarity
             ),
-            "f1_nonzero": reading(
+            "f1_nonzero": transformed(
                 MulticlassF1Score(average="weighted", **nonzero), positive, nonzero_polarity
             ),
-            f"acc{count}": reading(
+            f"acc{count}": transformed(
                 MulticlassAccuracy(count, average="micro"), target.category, target.category
             ),
         },

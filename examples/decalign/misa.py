@@ -25,20 +25,20 @@ from multialign import CosineDecouplingLoss, GaussianMomentLoss
 
 __all__ = ["MISA", "MISAObjective"]
 
-# The publication's weights for CMU-MOSI.
+# The weights of the publication for CMU-MOSI.
 SIMILARITY, DIFFERENCE, RECONSTRUCTION = 1.0, 0.3, 1.0
 
 
 class MISA(nn.Module):
     """Invariant and specific representations of each utterance, fused by one transformer.
 
-    Differences from the publication: the same convolution as in DecAlign takes the place of its
-    recurrent networks, and the losses are multialign's, see `MISAObjective`.
+    There are two differences from the publication: DecAlign's convolution replaces the recurrent
+    networks, and the losses are multialign's (see `MISAObjective`).
 
     Args:
         modalities: d_m of each modality.
         num_outputs: C, or 1 for a score.
-        network: Sizes and dropout rates; `context` and `pde` have no meaning here.
+        network: Sizes and dropout rates; `context` and `pde` are not used.
     """
 
     def __init__(
@@ -68,17 +68,15 @@ class MISA(nn.Module):
         present = [mask.any(-1) for mask in valid]
         pooled = pool(steps, valid)
         unique = [
-            blank(encoder(x), there)
-            for encoder, x, there in zip(
-                self.unique_encoders.values(), pooled, present, strict=True
-            )
+            blank(encoder(x), mask)
+            for encoder, x, mask in zip(self.unique_encoders.values(), pooled, present, strict=True)
         ]
         common = [
-            blank(self.common_encoder(x), there) for x, there in zip(pooled, present, strict=True)
+            blank(self.common_encoder(x), mask) for x, mask in zip(pooled, present, strict=True)
         ]
         tokens = torch.stack([*unique, *common], 1)
-        there = torch.stack([*present, *present], 1)
-        fused = blank(self.fusion.refine(self.fusion.embed(tokens), there), there)
+        mask = torch.stack([*present, *present], 1)
+        fused = blank(self.fusion.refine(self.fusion.embed(tokens), mask), mask)
         return Output(
             logits=self.head(fused.flatten(1)),
             present=present,
@@ -93,17 +91,17 @@ class MISA(nn.Module):
 
 
 class MISAObjective(nn.Module):
-    """Task, similarity, difference and reconstruction.
+    """The losses of the task, similarity, difference and reconstruction.
 
-    Similarity is the matching of the common features' moments, which the publication writes with
-    more of them (its central moment discrepancy has five); difference is the squared cosine in
-    place of the products of whole batches, between the unique and the common features of a
-    modality and between the unique ones of two.
+    Similarity matches the moments of the common features; the publication uses more moments (five
+    in its central moment discrepancy). Difference is the squared cosine between the unique and the
+    common features of a modality, and between the unique features of two modalities; the
+    publication uses products of whole batches.
 
     Args:
-        target: What the data ask for.
-        score_loss: Of a regression.
-        process_group: Given one, similarity is that of all ranks' samples together.
+        target: The classes or the score to predict.
+        score_loss: The loss of a score, "mse" or "l1".
+        process_group: If given, similarity is that of all ranks' samples together.
     """
 
     def __init__(
@@ -120,9 +118,8 @@ class MISAObjective(nn.Module):
         unique, common, present = output.unique, output.common, output.present
         pairs = list(combinations(range(len(unique)), 2))
         error = [
-            (there.unsqueeze(-1) * (x - y).square()).sum()
-            / (there.sum() * x.shape[-1]).clamp_min(1)
-            for x, y, there in zip(output.pooled, output.rebuilt, present, strict=True)
+            (mask.unsqueeze(-1) * (x - y).square()).sum() / (mask.sum() * x.shape[-1]).clamp_min(1)
+            for x, y, mask in zip(output.pooled, output.rebuilt, present, strict=True)
         ]
         terms = {
             "task": self.target.loss(output.logits, targets, self.score_loss),

@@ -24,17 +24,17 @@ __all__ = ["DecAlign"]
 
 
 class DecAlign(nn.Module):
-    """DecAlign for any number of named modalities, of which a sample may miss some.
+    """DecAlign for any number of named modalities, of which a sample may lack some.
 
-    The head reads the transformers' outputs and the common features, the latter through the
-    distribution encoder where there is one: an encoder that only the MMD sees could satisfy it by
-    sending everything to one point. A missing modality contributes zeros.
+    The head takes the transformers' outputs and the common features, the latter through the
+    distribution encoder if there is one. If only the MMD used this encoder, it could minimise the
+    MMD by mapping all features to one point. A missing modality contributes zeros.
 
     Args:
         modalities: d_m of each modality.
         num_outputs: C, or 1 for a score.
         network: Sizes and dropout rates.
-        switches: The parts to build; see there what each removes.
+        switches: The parts to build.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class DecAlign(nn.Module):
         latents = None
         if self.distribution_encoder is not None:
             latents = []
-            for x, there in zip(common, present, strict=True):
+            for x, mask in zip(common, present, strict=True):
                 distribution = self.distribution_encoder(x)
                 latent = distribution.sample() if self.training else distribution.mean
-                latents.append(blank(latent, there))
+                latents.append(blank(latent, mask))
 
         refined = self._refine(unique_steps, valid)
         logits = self.head(torch.cat([*refined, *(latents or common)], -1))

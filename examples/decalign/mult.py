@@ -25,17 +25,17 @@ __all__ = ["MulT"]
 class MulT(nn.Module):
     """The multimodal transformer: every modality attends to every other one.
 
-    One crossmodal transformer for each ordered pair; those that end in a modality are concatenated
-    and go through a transformer of their own; all modalities together through a residual layer to
-    the head. There is no alignment loss: attention is what aligns.
+    Each ordered pair has a crossmodal transformer. The outputs for a target modality are
+    concatenated and pass through a transformer of that modality. The results of all modalities pass
+    through a residual layer to the head. There is no alignment loss; attention aligns them.
 
-    Two differences from the publication: sequences are averaged over the valid steps where it
-    takes the last step, and they are brought to T_s steps first, as in DecAlign.
+    There are two differences from the publication: sequences are averaged over the valid steps
+    instead of taking the last step, and they are first resampled to T_s steps, as in DecAlign.
 
     Args:
         modalities: d_m of each modality.
         num_outputs: C, or 1 for a score.
-        network: Sizes and dropout rates; `context` and `pde` have no meaning here.
+        network: Sizes and dropout rates; `context` and `pde` are not used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the networks share: sizes, output, and the parts that there is one of for each modality."""
+"""The common parts of all networks: sizes, output, convolutions and transformers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["Network", "Output", "blank", "convolve", "make_convs", "make_transfo
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Sizes and dropout rates; the names of Table 4 where they differ are in brackets.
+    """Sizes and dropout rates; brackets give the names of Table 4 that differ.
 
     Args:
         width: d_s, the features of a step, the same for all modalities (DST feature dim).
         length: T_s, the steps of a sequence, the same for all modalities.
-        kernel_size: Of the temporal convolutions.
-        heads: Attention heads; they divide `width`.
-        layers: Transformer blocks of each modality (nlevels).
-        context: Where a transformer's keys and values come from: "self", its own modality, or
+        kernel_size: The kernel size of the temporal convolutions.
+        heads: The number of attention heads; divides `width`.
+        layers: The number of transformer blocks of each modality (nlevels).
+        context: The source of a transformer's keys and values: "self", its own modality, or
             "cross", the other modalities.
-        pde: The distribution encoder: "gaussian" gives mean and log-variance, "mlp" a point.
-        input_dropout: Of the raw features; a number, or one for each modality (text dropout).
-        attention_dropout: Of attention weights; a number, or one for each modality.
-        relu_dropout: Inside encoders and feed-forward layers.
-        embedding_dropout: Of a transformer's input.
-        residual_dropout: Of what each transformer layer adds.
-        output_dropout: Of the head's input.
+        pde: The distribution encoder: "gaussian" returns mean and log-variance, "mlp" a point.
+        input_dropout: The rate for raw features; a number, or one for each modality (text dropout).
+        attention_dropout: The rate for attention weights; a number, or one for each modality.
+        relu_dropout: The rate inside encoders and feed-forward layers.
+        embedding_dropout: The rate for a transformer's input.
+        residual_dropout: The rate for the output of each attention and feed-forward layer.
+        output_dropout: The rate for the head's input.
     """
 
     width: int = 32
@@ -52,29 +52,29 @@ class Network:
 
 
 class Output(NamedTuple):
-    """What a network computes for N samples; lists have one entry a modality.
+    """The output of a network for N samples; lists have one entry for each modality.
 
-    None stands for what the network does not have.
+    A field is None if the network does not compute it.
     """
 
     logits: Tensor
     """`(N, C)`, or `(N, 1)` for a score."""
     present: list[Tensor]
-    """`(N)`, whether the sample has the modality: the weights of every alignment loss."""
+    """`(N)`, whether a sample has the modality; the weights of every alignment loss."""
     unique_steps: list[Tensor] | None = None
     """Modality-unique features, `(N, T_s, d_s)`; zeros at invalid steps."""
     common_steps: list[Tensor] | None = None
-    """Modality-common features, likewise; the same tensors without decoupling."""
+    """Modality-common features of the same shape; equal to `unique_steps` without decoupling."""
     unique: list[Tensor] | None = None
     """`unique_steps` averaged over the valid steps, `(N, d_s)`; zeros for a missing modality."""
     common: list[Tensor] | None = None
-    """`common_steps` likewise."""
+    """`common_steps` averaged in the same way."""
     latents: list[Tensor] | None = None
-    """`common` through the distribution encoder, sampled in training; None without it."""
+    """The output of the distribution encoder for `common`, sampled in training."""
     pooled: list[Tensor] | None = None
-    """The convolved steps, averaged likewise."""
+    """The convolved steps, averaged in the same way."""
     rebuilt: list[Tensor] | None = None
-    """`pooled` as MISA's decoder makes it from `unique` and `common`."""
+    """MISA's reconstruction of `pooled` from `unique` and `common`."""
 
 
 def make_convs(modalities: Mapping[str, int], network: Network) -> nn.ModuleDict:
@@ -99,9 +99,9 @@ def convolve(
 
     Args:
         convs: From `make_convs`.
-        features: `(N, T_m, d_m)` of each modality; T_m is free.
-        masks: `(N, T_m)`, the valid steps of some modalities, boolean; all are valid in the
-            others. A sample without a valid step misses the modality, whatever stands there.
+        features: `(N, T_m, d_m)` of each modality, with any T_m.
+        masks: The valid steps of some modalities, boolean `(N, T_m)`; all steps of the others are
+            valid. A sample without a valid step lacks the modality; its features have no effect.
     """
     masks = masks or {}
     steps, valid = [], []
@@ -126,10 +126,10 @@ def make_transformer(
 
     Args:
         network: Sizes and dropout rates.
-        modalities: All of them.
-        name: That which the attention's dropout is for.
-        copies: How many times d_s its steps are wide.
-        length: Steps, if not T_s.
+        modalities: All modalities.
+        name: The modality whose rate of attention dropout is used.
+        copies: The width of its steps, in multiples of d_s.
+        length: The number of steps; T_s by default.
     """
     dropout = _by_modality("attention_dropout", network.attention_dropout, modalities)
     return ModalityTransformer(
@@ -145,19 +145,19 @@ def make_transformer(
 
 
 def pool(steps: Sequence[Tensor], valid: Sequence[Tensor]) -> list[Tensor]:
-    """Return the mean over each modality's valid steps; 0 where there is none."""
+    """Return the mean over each modality's valid steps; 0 without a valid step."""
     return [masked_mean(x, mask) for x, mask in zip(steps, valid, strict=True)]
 
 
 def blank(x: Tensor, mask: Tensor) -> Tensor:
-    """Return `x` with zeros where `mask`, which lacks its last dimension, is False."""
+    """Return `x` `(..., D)` with zeros where `mask` `(...)` is False."""
     return torch.where(mask.unsqueeze(-1), x, x.new_zeros(()))
 
 
 def _by_modality(
     name: str, value: float | Mapping[str, float], modalities: Mapping[str, int]
 ) -> Mapping[str, float]:
-    """Return one `value` a modality, whichever way it was given."""
+    """Return a value for each modality, from one for all or a mapping."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(modalities, value)
     if value.keys() != modalities.keys():

@@ -1,4 +1,4 @@
-"""What DecAlign minimises: the task's loss and the alignment losses of multialign (Eq. 13)."""
+"""DecAlign's objective: the task's loss and the alignment losses of multialign (Eq. 13)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Losses:
         alpha: Weight of the heterogeneous alignment.
         beta: Weight of the homogeneous alignment.
         gamma: Weight of the contrastive training.
-        score: The task's loss of a score: "mse" is the paper's, "l1" the released code's.
+        score: The task's loss of a score: "mse" as in the paper, "l1" as in the released code.
         decoupling: Options of :class:`multialign.CosineDecouplingLoss`. "signed" is Eq. 1 as
             printed, which rewards anti-parallel features rather than orthogonal ones.
         prototypes: Options of :class:`multialign.PrototypeAlignmentLoss`. `num_prototypes`
@@ -55,14 +55,15 @@ class Objective(nn.Module):
 
     .. math:: L = L_\text{task} + L_\text{dec} + \alpha L_\text{hete} + \beta L_\text{homo}
 
-    and, where it is on, :math:`\gamma L_\text{ct}`. A missing modality has weight 0 in every term.
+    With contrastive training, :math:`\gamma L_\text{ct}` is added. A missing modality has weight 0
+    in every term.
 
     Args:
-        target: What the data ask for.
+        target: The classes or the score to predict.
         losses: Weights and options.
-        switches: The terms to compute; see there.
-        process_group: Given one, whose ranks have equally many samples, the gradients of all ranks
-            average to those of one process with all of the samples.
+        switches: The terms to compute.
+        process_group: If given, the gradients of all ranks average to those of one process with all
+            samples; ranks must have equally many samples.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Objective(nn.Module):
             prototypes["transport_weight"] = 0.0
         self.decoupling = None
         if switches.mfd:
-            # Over processes the mean is taken below.
+            # `_decouple` takes the mean over processes.
             reduction = "mean" if process_group is None else "sum"
             self.decoupling = CosineDecouplingLoss(**losses.decoupling, reduction=reduction)
         self.prototypes = PrototypeAlignmentLoss(**prototypes) if switches.hete else None
@@ -108,8 +109,7 @@ class Objective(nn.Module):
             terms["prototype"] = solved.prototype_loss
             terms["hete"] = solved.loss
             terms["loss"] = terms["loss"] + self.losses.alpha * terms["hete"]
-        # Eq. 10 compares the common features themselves, Eq. 11 what the distribution encoder
-        # makes of them.
+        # Eq. 10 compares the common features, Eq. 11 the outputs of the distribution encoder.
         homo = {}
         if self.moments is not None:
             homo["sem"] = self.moments(output.common, output.present)
@@ -128,18 +128,18 @@ class Objective(nn.Module):
         unique, common, present = output.unique_steps, output.common_steps, output.present
         if self.process_group is None:
             return self.decoupling(unique, common, present)
-        counts = torch.stack([there.sum() for there in present]).to(output.logits.dtype)
+        counts = torch.stack([mask.sum() for mask in present]).to(output.logits.dtype)
         all_reduce(counts, group=self.process_group)
-        # Averaged over the ranks, sums over the count of all are means.
+        # DDP averages over ranks; `ranks` times the sum over the total count then gives the mean.
         sums = [
-            self.decoupling([u], [c], [there])
-            for u, c, there in zip(unique, common, present, strict=True)
+            self.decoupling([u], [c], [mask])
+            for u, c, mask in zip(unique, common, present, strict=True)
         ]
         ranks = self.process_group.size()
         return (ranks * torch.stack(sums) / counts.clamp_min(1)).sum()
 
     def _contrast(self, output: Output, targets: Tensor) -> Tensor:
-        """Return the loss over every modality's common features, wherever a sample has it."""
+        """Return the contrastive loss of the common features of all present modalities."""
         features = torch.stack(output.common)
         present = torch.stack(output.present)
         labels = self.target.category(targets).expand_as(present)

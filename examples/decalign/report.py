@@ -1,4 +1,4 @@
-"""Means, deviations and paired intervals over seeds, and the tables that show them."""
+"""Means, deviations and paired intervals over seeds, and their tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.decalign.targets import Target
 __all__ = ["Scores", "describe", "difference", "published", "render", "spread", "summarise"]
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""By name of the model and of the metric, one value a seed."""
+"""For each model and metric, by name, one value for each seed."""
 
 TITLES = {
     "accuracy": "accuracy",
@@ -33,7 +33,7 @@ TITLES = {
     "acc3": "Acc-3",
     "acc7": "Acc-7",
 }
-# In their own units; the others are shares, and shown in per cent.
+# Metrics that are shown in their own units; the others are shown in per cent.
 UNITS = {"mae": 1.0, "corr": 1.0, "loss": 1.0}
 
 
@@ -53,7 +53,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
 
 
 def describe(data: ModalityData, output: Path) -> None:
-    """Write what the data ask for beside the runs, for the commands that read these."""
+    """Write modalities and target of the data to `data.json`, for commands that read the runs."""
     text = json.dumps(
         {
             "published": data.published if _is_the_papers_task(data) else None,
@@ -78,7 +78,7 @@ def read_description(output: Path) -> tuple[str | None, Target]:
 
 
 def published(name: str | None) -> dict[str, dict[str, float]]:
-    """Return the paper's rows for a data set, by model and metric, shares in [0, 1]."""
+    """Return the paper's rows for a data set, by model and metric, with per cent as fractions."""
     if name is None:
         return {}
     table = read_published()[name]
@@ -92,7 +92,7 @@ def published(name: str | None) -> dict[str, dict[str, float]]:
 
 
 def read_published() -> dict[str, Any]:
-    """Return the paper's tables as they are in the file."""
+    """Return the paper's tables from the file."""
     return dict(yaml.safe_load((Path(__file__).parent / "published.yaml").read_text()))
 
 
@@ -122,7 +122,7 @@ def difference(metric: str, values: Sequence[float], reference: Sequence[float])
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]], notes: str = "") -> str:
-    """Return a table as text: the first column to the left, the others to the right."""
+    """Return a table as text, with the first column left-aligned and the others right-aligned."""
     cells = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -137,6 +137,6 @@ def render(head: Sequence[str], rows: Sequence[Sequence[str]], notes: str = "") 
 
 
 def _is_the_papers_task(data: ModalityData) -> bool:
-    """Return whether the labels are those that the paper's numbers are about."""
+    """Return whether the labels are those of the paper's tables."""
     labels = data.splits["test"].samples.targets
     return data.published == "iemocap" or (data.target.kind == "score" and len(labels.unique()) > 2)

@@ -1,4 +1,4 @@
-"""Many trainings: each in a folder of its own, done once, and read back from there."""
+"""Runs of several trainings: each has a folder, is trained once, and is read from its folder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 
 from examples.decalign.cli import DecAlignCLI
 
-__all__ = ["Run", "default_workers", "parse_data", "plan", "train_all"]
+__all__ = ["Run", "default_workers", "make_runs", "parse_data", "train_all"]
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training with one seed, and what it leaves in its folder."""
+    """One training with one seed, and the files in its folder."""
 
     name: str
     seed: int
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether everything that `fit` writes is there."""
+        """Whether all files that `fit` writes at its end exist."""
         files = ("metrics.json", "predictions.csv", "features.npz")
         return all((self.folder / file).is_file() for file in files)
 
@@ -63,8 +63,8 @@ class Run:
             }
 
     def train(self) -> Run:
-        """Do what `fit` does, silently; continue where an earlier one stopped."""
-        quiet()
+        """Run `fit` without output; continue an interrupted run."""
+        silence_lightning()
         DecAlignCLI(
             [
                 "fit",
@@ -77,10 +77,10 @@ class Run:
         return self
 
 
-def plan(
+def make_runs(
     variants: dict[str, Sequence[str]], seeds: Sequence[int], output: Path, shared: Sequence[str]
 ) -> list[Run]:
-    """Return a run for each variant, which adds its arguments to the shared ones, and seed."""
+    """Return a run for each variant and seed, with the shared and the variant's arguments."""
     return [
         Run(
             name=name,
@@ -94,7 +94,7 @@ def plan(
 
 
 def train_all(runs: Sequence[Run], workers: int) -> dict[str, list[Run]]:
-    """Train what is not done yet, and return the runs by name."""
+    """Train all runs that are not done, and return the runs by name."""
     with tqdm(total=len(runs), desc="Training", unit="model") as bar:
         for run in _trained(runs, workers):
             first, value = next((m, v) for m, v in run.scores.items() if m != "loss")
@@ -107,13 +107,13 @@ def train_all(runs: Sequence[Run], workers: int) -> dict[str, list[Run]]:
 
 
 def parse_data(shared: Sequence[str]) -> DecAlignCLI:
-    """Return the data that the arguments name; what is wrong with them shows here."""
-    quiet()
+    """Return the command line with the data that the arguments name; raise if they are wrong."""
+    silence_lightning()
     return DecAlignCLI(list(shared), run=False)
 
 
-def quiet() -> None:
-    """Let Lightning say what is wrong, and nothing else."""
+def silence_lightning() -> None:
+    """Let Lightning log errors only."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -123,7 +123,7 @@ def _trained(runs: Sequence[Run], workers: int) -> Iterator[Run]:
         for run in runs:
             yield run.train()
         return
-    # Processes, not threads: the model is too small for one training to fill two cores.
+    # One process on each core, since the model is too small for two threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         min(workers, len(runs)), context, initializer=torch.set_num_threads, initargs=(1,)
@@ -133,5 +133,5 @@ def _trained(runs: Sequence[Run], workers: int) -> Iterator[Run]:
 
 
 def default_workers() -> int:
-    """Return one worker a core, or one alone where there is a GPU to share."""
+    """Return one worker for each core, or a single one if there is a GPU."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process that writes them is killed."""
+"""Atomic writing of files: a killed process leaves the old or the new file, never a part."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ __all__ = ["Checkpoints", "replacing", "write_atomically"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to, in the same folder, which then takes the place of `path`.
+    """Yield a temporary path in the same folder, and then move that file to `path`.
 
-    The name is always the same, so that what a killed process leaves there is written over by the
-    next and does not pile up.
+    The temporary name is always the same, so the next write replaces the file of a killed process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     yield part
-    # Otherwise a crash of the machine may keep the new name and lose what was written.
+    # Without fsync, a crash of the machine may keep the new name and lose the content.
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as part:
         part.write_text(text)
 
 
 class Checkpoints(TorchCheckpointIO):
-    """Checkpoints on a local disk, written whole or not at all, and read as data alone.
+    """Checkpoints on a local disk, written atomically, and read without running code.
 
-    Lightning writes one to the system's folder of temporary files and moves it from there, which is
-    a copy, and may be cut off, where that is another disk.
+    Lightning writes a checkpoint to the system's folder of temporary files and moves it. Between
+    two disks a move is a copy, which may be cut off.
     """
 
     def save_checkpoint(
@@ -53,11 +52,11 @@ class Checkpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return a checkpoint; a file that holds anything but tensors and plain data is refused.
+        """Return a checkpoint; refuse a file with anything but tensors and plain data.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: The file is no checkpoint, is cut off, or names code.
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a checkpoint, is cut off, or names code.
         """
         try:
             content = torch.load(path, map_location=map_location, weights_only=True)

@@ -1,4 +1,4 @@
-"""What a data set asks for: classes or a score, and how one is read as the other."""
+"""The target of a data set: classes, or a score with its categories."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["POLARITY", "SENTIMENT", "SIMS", "Target"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A classification, or the regression of a score that is also read in categories.
+    """A classification, or the regression of a score that also has categories.
 
     Args:
         kind: "class" or "score".
-        categories: Their names. A score's are in rising order, as many as the number of prototypes
-            that the paper asks for.
-        limit: Of a score, which lies in [-limit, limit].
-        edges: Between the categories of a score, each belonging to the category below it. Without
-            them a category is a whole number, that nearest to the score.
-        zero: Whether a score of 0 counts as "positive" or "negative" where there are two.
+        categories: The names of the categories. Those of a score are in rising order; their number
+            is the paper's number of prototypes.
+        limit: The bound of a score, which lies in [-limit, limit].
+        edges: The edges between the categories of a score; each belongs to the category below.
+            Without edges, the category is the whole number nearest to the score.
+        zero: Whether a score of 0 counts as "positive" or "negative" in a binary accuracy.
     """
 
     kind: Literal["class", "score"]
@@ -34,11 +34,11 @@ class Target:
 
     @property
     def num_outputs(self) -> int:
-        """Of the network: one for a score, or one a class."""
+        """The number of outputs of the network: one for a score, or one for each class."""
         return 1 if self.kind == "score" else len(self.categories)
 
     def category(self, scores: Tensor) -> Tensor:
-        """Return the index of each score's category; classes are categories already."""
+        """Return the index of each score's category; classes are returned unchanged."""
         if self.kind == "class":
             return scores
         if self.edges:
@@ -54,7 +54,7 @@ class Target:
         return logits.squeeze(-1) if self.kind == "score" else logits.argmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor, score_loss: str = "mse") -> Tensor:
-        """Return cross-entropy, or "mse" (the paper's) or "l1" (the released code's) of a score."""
+        """Return cross-entropy, or for a score "mse" (the paper) or "l1" (the released code)."""
         if self.kind == "class":
             return cross_entropy(logits, targets)
         distance = mse_loss if score_loss == "mse" else l1_loss
@@ -66,7 +66,7 @@ SENTIMENT = Target(
     limit=3,
     categories=("-3", "-2", "-1", "0", "+1", "+2", "+3"),
 )
-"""CMU-MOSI and CMU-MOSEI: seven whole numbers."""
+"""CMU-MOSI and CMU-MOSEI: seven categories, which are whole numbers."""
 
 SIMS = Target(
     kind="score",

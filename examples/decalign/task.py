@@ -25,7 +25,7 @@ from examples.decalign.text import Text, TextEncoder
 
 __all__ = ["MultimodalTask"]
 
-# Checkpoints hold the options, and Lightning reads them back with `weights_only`.
+# Checkpoints hold the options, and Lightning loads them with `weights_only`.
 torch.serialization.add_safe_globals([Network, Losses, Switches, Target, Text])
 
 
@@ -34,18 +34,19 @@ class MultimodalTask(lightning.LightningModule):
 
     Args:
         modalities: d_m of each modality; the command line takes it from the data.
-        target: What the data ask for; likewise.
-        architecture: "decalign", or a baseline: "mult" has no loss but the task's, "misa" its own.
+        target: The classes or the score; the command line takes it from the data.
+        architecture: "decalign", or a baseline: "mult" with the loss of the task alone, or "misa"
+            with losses of its own.
         network: Sizes and dropout rates.
         losses: Weights and options of DecAlign's losses.
         switches: The parts of Table 2 that are on.
-        text: The encoder of a modality that is token ids; needed with such data.
-        learning_rate: Of Adam; the highest one where a schedule changes it.
-        weight_decay: Of Adam.
-        schedule: "onecycle" warms up and anneals over the whole training; "plateau" is the
-            paper's, which divides by ten when the validation loss has not fallen for `patience`
-            epochs; "constant".
-        patience: Of "plateau", in epochs.
+        text: The text encoder, if a modality consists of token ids.
+        learning_rate: The learning rate of Adam; the highest one if a schedule changes it.
+        weight_decay: The weight decay of Adam.
+        schedule: "onecycle" warms up and anneals over the whole training. "plateau", the paper's,
+            divides by ten when the validation loss has not fallen for `patience` epochs. "constant"
+            does not change the rate.
+        patience: The patience of "plateau", in epochs.
     """
 
     def __init__(
@@ -108,19 +109,20 @@ class MultimodalTask(lightning.LightningModule):
         metrics = make_metrics(target)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        # Exact where the processes evaluate unequal parts.
+        # Exact also if the processes evaluate unequal numbers of samples.
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
 
     def setup(self, stage: str) -> None:
-        """Let the losses see the samples of all processes, now that these are connected."""
+        """Give the losses the process group, which exists from here on."""
         if self.trainer.world_size > 1:
             self.objective = self._make_objective(group.WORLD)
 
     def on_fit_start(self) -> None:
-        """Give every process random numbers of its own.
+        """Give every process a different random seed.
 
-        All begin with the same seed, and what has been drawn since differs: Lightning sets the seed
-        again where there are several. The first process of many then draws what a single one would.
+        All processes begin with the same seed. Lightning sets it again only if there are several,
+        so a single process may have drawn numbers since. The seed is therefore set here in any
+        case; the first of several processes then draws the same numbers as a single one.
         """
         torch.manual_seed(torch.initial_seed() + self.global_rank)
 
@@ -130,7 +132,7 @@ class MultimodalTask(lightning.LightningModule):
         if self.text_encoder is not None:
             states, mask = self.text_encoder(features[self.tokens])
             features = {**features, self.tokens: states}
-            # The data's mask says too which samples miss the text.
+            # The mask of the data marks the samples that lack the text.
             masks = {**masks, self.tokens: mask & masks.get(self.tokens, mask)}
         return self.network(features, masks)
 
@@ -156,8 +158,8 @@ class MultimodalTask(lightning.LightningModule):
         return self(batch)
 
     @property
-    def _scales(self) -> bool:
-        """Whether Lightning scales gradients; it does not clip those of a fused optimiser then."""
+    def _scales_gradients(self) -> bool:
+        """Whether Lightning scales gradients; it cannot clip those of a fused optimiser then."""
         trainer = self._trainer
         return trainer is not None and isinstance(trainer.precision_plugin, MixedPrecision)
 
@@ -171,9 +173,9 @@ class MultimodalTask(lightning.LightningModule):
             groups,
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
-            fused=not self._scales,
+            fused=not self._scales_gradients,
         )
-        chosen: dict[str, Any] = {"optimizer": optimizer}
+        configuration: dict[str, Any] = {"optimizer": optimizer}
         if self.schedule == "onecycle":
             scheduler = OneCycleLR(
                 optimizer,
@@ -181,31 +183,32 @@ class MultimodalTask(lightning.LightningModule):
                 total_steps=int(self.trainer.estimated_stepping_batches),
                 cycle_momentum=False,
             )
-            chosen["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+            configuration["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
         elif self.schedule == "plateau":
             self._plateau = ReduceLROnPlateau(optimizer, patience=self.patience)
-        return chosen
+        return configuration
 
-    # Lightning would step a plateau's schedule after it has saved the epoch's checkpoint, and a
-    # resumed training would not know the last epoch's loss: so it is kept, stepped and saved here.
+    # Lightning would step the plateau schedule after it has saved the epoch's checkpoint, so a
+    # resumed training would lack the last epoch's loss. The schedule is therefore stepped and saved
+    # here.
 
     def on_train_epoch_end(self) -> None:
-        """Show the plateau's schedule the epoch's validation loss."""
+        """Step the plateau schedule with the epoch's validation loss."""
         loss = self.trainer.callback_metrics.get("val/loss")
         if self._plateau is not None and loss is not None:
             self._plateau.step(loss)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the plateau's schedule."""
+        """Save the state of the plateau schedule."""
         if self._plateau is not None:
             checkpoint["plateau"] = self._plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the plateau's schedule until there is an optimiser."""
+        """Keep the state of the plateau schedule until the optimiser exists."""
         self._plateau_state = checkpoint.get("plateau")
 
     def on_train_start(self) -> None:
-        """Continue the plateau's schedule."""
+        """Restore the state of the plateau schedule."""
         if self._plateau is not None and self._plateau_state is not None:
             self._plateau.load_state_dict(self._plateau_state)
 
@@ -223,7 +226,7 @@ class MultimodalTask(lightning.LightningModule):
         logits = self(batch).logits
         size = len(batch.targets)
         loss = self.target.loss(logits, batch.targets, self.losses.score)
-        # Once a sample, not weighted: torchmetrics 1.9 drops weights where NaN is to be kept.
+        # One entry for each sample, since torchmetrics 1.9 ignores weights if NaN is kept.
         mean_loss.update(loss.expand(size))
         self.log(f"{stage}/loss", mean_loss, batch_size=size)
         metrics.update(self.target.predict(logits).float(), batch.targets)

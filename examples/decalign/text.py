@@ -1,4 +1,4 @@
-"""The text encoder that is trained with the model: BERT and its like, from token ids."""
+"""The text encoder that is trained with the model, such as BERT, from token ids."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Text:
     """The text encoder and how it is trained.
 
     Args:
-        name: A model of `transformers`: the folder that holds it, or its name on the hub
+        name: A model of `transformers`: its folder, or its name on the hub
             ("bert-base-uncased", or "bert-base-chinese" for CH-SIMS).
-        frozen: Whether its weights stay as they are.
-        learning_rate: Of its weights, where it differs from that of the others.
+        frozen: Whether its weights are not trained.
+        learning_rate: The learning rate of its weights; that of the other weights if None.
     """
 
     name: str = "bert-base-uncased"
@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
     """The last hidden states of a pretrained transformer.
 
     Args:
-        text: Which one.
+        text: The model and its options.
     """
 
     def __init__(self, text: Text) -> None:
@@ -39,11 +39,11 @@ class TextEncoder(nn.Module):
 
         self.frozen = text.frozen
         self.transformer = AutoModel.from_pretrained(text.name).float()
-        # It would read the first token alone, and no gradient would reach it.
+        # The pooler's output is not used, so no gradient would reach its weights.
         if getattr(self.transformer, "pooler", None) is not None:
             self.transformer.pooler = None
         self.transformer.requires_grad_(not text.frozen)
-        # It comes in evaluation mode.
+        # `from_pretrained` returns the model in evaluation mode.
         self.train()
 
     @property
@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
         """Return `(N, T, width)` and the valid steps from ids, mask and segments `(N, 3, T)`."""
         ids, mask, segments = tokens.long().unbind(1)
         arguments = {"input_ids": ids, "attention_mask": mask}
-        # A missing text has no token at all, and the softmax over none would be NaN.
+        # A missing text has no token, and the softmax over no token would be NaN.
         absent = (mask == 0).all(1, keepdim=True)
         arguments["attention_mask"] = torch.where(absent, 1, mask)
         if getattr(self.transformer.config, "type_vocab_size", 0) > 1:

@@ -21,12 +21,12 @@ class ModalityTransformer(nn.Module):
     Args:
         width: d_s.
         length: T_s.
-        heads: Attention heads.
-        layers: Blocks.
-        attention_dropout: Of the attention weights.
-        relu_dropout: Inside the feed-forward layers.
-        residual_dropout: Of what each layer adds.
-        embedding_dropout: Of the embedded input.
+        heads: The number of attention heads.
+        layers: The number of blocks.
+        attention_dropout: The rate for the attention weights.
+        relu_dropout: The rate inside the feed-forward layers.
+        residual_dropout: The rate for the output of each attention and feed-forward layer.
+        embedding_dropout: The rate for the embedded input.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ModalityTransformer(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return `(N, d_s)`, `refine` averaged over the valid steps."""
+        """Return `(N, d_s)`, the result of `refine` averaged over the valid steps."""
         return masked_mean(self.refine(embedded, mask, context, context_mask), mask)
 
     def refine(
@@ -71,10 +71,10 @@ class ModalityTransformer(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return steps from embedded steps; `context` None stands for the steps themselves."""
+        """Return steps from embedded steps; without `context`, they attend to themselves."""
         keys = mask if context_mask is None else context_mask
-        # A sample without any key attends to all of them, which are zeros: the softmax over no
-        # key at all would be NaN.
+        # A sample without a valid key attends to all keys, which are zeros, since the softmax over
+        # no key would be NaN.
         blocked = ~keys & keys.any(-1, keepdim=True)
         if context is not None:
             context = torch.where(keys.unsqueeze(-1), context, context.new_zeros(()))
@@ -85,7 +85,7 @@ class ModalityTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and feed-forward layer, each normalised before and added after."""
+    """An attention and a feed-forward layer, each with normalised input and a residual."""
 
     def __init__(
         self,

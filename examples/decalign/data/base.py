@@ -1,4 +1,4 @@
-"""What all data modules share: splits, batches, modalities that are missing."""
+"""The base class of all data modules: splits, batches and missing modalities."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class ModalityData(lightning.LightningDataModule):
     """Named modalities in three splits, read once and kept.
 
     Args:
-        batch_size: Samples in a batch of training, of each process.
+        batch_size: Samples in a training batch of each process.
         eval_batch_size: Samples in a batch of evaluation.
-        missing: For some splits, the fraction of samples that miss a modality, as
-            `{"test": {"text": 0.5}}`. Which ones is always the same.
+        missing: For some splits, the fraction of samples that lack a modality, as
+            `{"test": {"text": 0.5}}`. It is the same samples for every seed.
     """
 
     published: str | None = None
-    """The name of this data set among the paper's tables."""
+    """The name of this data set in the paper's tables."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ModalityData(lightning.LightningDataModule):
     @property
     @abstractmethod
     def target(self) -> Target:
-        """What is asked for."""
+        """The classes or the score to predict."""
 
     @property
     def splits(self) -> dict[str, Samples]:
@@ -63,14 +63,14 @@ class ModalityData(lightning.LightningDataModule):
 
     @property
     def modalities(self) -> dict[str, int]:
-        """d_m of each modality; 0 for token ids, whose features a text encoder makes."""
+        """d_m of each modality; 0 for token ids, whose features a text encoder computes."""
         features = self.splits["train"].samples.features
         return {name: x.shape[-1] if x.is_floating_point() else 0 for name, x in features.items()}
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled full batches: prototypes of a small remainder would be noise."""
+        """Return shuffled full batches; a small last batch would give noisy prototypes."""
         samples = self.splits["train"]
-        ranks = self._place()[1]
+        _, ranks = self._rank_and_ranks()
         size = min(self.batch_size, len(samples) // ranks)
         return make_loader(samples, self._order(samples, size, shuffle=True))
 
@@ -91,19 +91,19 @@ class ModalityData(lightning.LightningDataModule):
         return make_loader(samples, self._order(samples, self.eval_batch_size, shuffle=False))
 
     def _order(self, samples: Samples, batch_size: int, *, shuffle: bool) -> GlobalOrder:
-        rank, ranks = self._place()
+        rank, ranks = self._rank_and_ranks()
         return GlobalOrder(
             len(samples),
             batch_size,
             shuffle=shuffle,
-            # Lightning's seed_everything leaves it there.
+            # Lightning's seed_everything stores the seed in this variable.
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
             rank=rank,
             ranks=ranks,
         )
 
-    def _place(self) -> tuple[int, int]:
-        """Return this process's rank and how many there are."""
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
@@ -116,23 +116,23 @@ class ModalityData(lightning.LightningDataModule):
                 if name not in samples.features:
                     known = list(samples.features)
                     raise ValueError(f"missing must name modalities of {known}; got {name!r}")
-                gone = _scattered(len(samples.targets), fraction, name)
+                missing = _random_mask(len(samples.targets), fraction, name)
                 mask = samples.masks.get(name)
                 if mask is None:
                     x = samples.features[name]
                     steps = x.shape[1] if x.is_floating_point() else x.shape[2]
                     mask = torch.ones(len(x), steps, dtype=torch.bool, device="cpu")
-                samples.masks[name] = mask & ~gone.unsqueeze(1)
+                samples.masks[name] = mask & ~missing.unsqueeze(1)
 
 
-def _scattered(count: int, fraction: float, name: str) -> Tensor:
-    """Return a mask of `fraction` of `count` places, the same for every training."""
+def _random_mask(count: int, fraction: float, name: str) -> Tensor:
+    """Return a mask that is True at `fraction` of `count` places, the same for every seed."""
     generator = torch.Generator("cpu").manual_seed(sum(name.encode()))
-    gone = torch.zeros(count, dtype=torch.bool, device="cpu")
+    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
     order = torch.randperm(count, generator=generator, device="cpu")
-    gone[order[: round(fraction * count)]] = True
-    return gone
+    mask[order[: round(fraction * count)]] = True
+    return mask
 
 
-# The data lie in memory or in a mapped file: there is nothing for a worker to load.
+# The data are in memory or in a mapped file, so loading needs no worker processes.
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,4 +1,4 @@
-"""Samples of named modalities: how they lie in memory, and how batches are drawn from them."""
+"""Samples of named modalities in memory, and the order in which batches take them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     features: dict[str, Tensor]
     """`(N, T_m, d_m)` each, or token ids `(N, 3, T_m)`."""
     masks: dict[str, Tensor]
-    """The valid steps, boolean `(N, T_m)`; a modality not named is complete."""
+    """The valid steps, boolean `(N, T_m)`; all steps are valid in a modality without a mask."""
     targets: Tensor
     """`(N)`."""
 
@@ -27,30 +27,30 @@ class Scaling(NamedTuple):
     """Mean and deviation of one modality over the valid steps of the training samples."""
 
     mean: Tensor
-    """`(d_m)`, or `(T_m, d_m)` where every step is a feature of its own."""
+    """`(d_m)`, or `(T_m, d_m)` where each step is scaled separately."""
     deviation: Tensor
-    """Likewise; 0 where a feature never varies, which then tells nothing."""
+    """The same shape; 0 for a constant feature."""
 
     @classmethod
     def measure(cls, x: Tensor, mask: Tensor | None = None, chunk: int = 4096) -> Scaling:
-        """Return that of the valid, finite entries of `(N, T, d)`, in pieces of `chunk` samples."""
+        """Measure the valid, finite entries of `(N, T, d)`, in pieces of `chunk` samples."""
         count, total, square = (
             torch.zeros(x.shape[-1], dtype=torch.float64, device="cpu") for _ in range(3)
         )
         pieces = list(zip(x.split(chunk), _split(mask, x, chunk), strict=True))
         for part, valid in pieces:
-            there = _usable(part, valid)
-            count += there.sum((0, 1))
-            total += torch.where(there, part, 0).sum((0, 1), dtype=torch.float64)
+            usable = _valid_and_finite(part, valid)
+            count += usable.sum((0, 1))
+            total += torch.where(usable, part, 0).sum((0, 1), dtype=torch.float64)
         mean = total / count.clamp_min(1)
-        # In a second pass: the difference of two large sums would lose what is small.
+        # In a second pass, since the difference of two large sums would lose digits.
         for part, valid in pieces:
-            distance = torch.where(_usable(part, valid), part - mean, 0)
+            distance = torch.where(_valid_and_finite(part, valid), part - mean, 0)
             square += distance.square().sum((0, 1))
         return cls(mean.to(x.dtype), (square / count.clamp_min(1)).sqrt().to(x.dtype))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return `x` with mean 0 and deviation 1."""
+        """Return `x` scaled to mean 0 and deviation 1; constant features become 0."""
         varies = self.deviation > 0
         scaled = (x - self.mean) / torch.where(varies, self.deviation, 1)
         return torch.where(varies, scaled, 0)
@@ -59,12 +59,12 @@ class Scaling(NamedTuple):
 class Samples(Dataset[Batch]):
     """Samples in memory or in a memory-mapped file, taken a batch at a time.
 
-    Entries that are not finite are read as the modality's mean (0 without scaling).
+    Entries that are not finite are replaced by the modality's mean (by 0 without scaling).
 
     Args:
-        samples: All of them, as one batch; its features may be memory-mapped.
-        scaling: Of some modalities, applied to what is read.
-        ids: A name a sample; their numbers without it.
+        samples: All samples, as one batch; its features may be memory-mapped.
+        scaling: The scaling of some modalities, applied when samples are read.
+        ids: The name of each sample; by default its number.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Samples(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the samples `indices`: one indexing a tensor, and nothing left to collate."""
+        """Return the samples `indices` as a batch, with one indexing operation for each tensor."""
         rows = torch.as_tensor(indices, device="cpu")
         features, masks, targets = self.samples
         return Batch(
@@ -106,18 +106,18 @@ class Samples(Dataset[Batch]):
 
 
 class GlobalOrder(Sampler[int]):
-    """The order of one process's samples, so that all processes together see global batches.
+    """The order of one process's samples, such that all processes together take global batches.
 
-    Each global batch is a run of one permutation, of which process r of R takes the r-th part. The
-    permutation follows the seed and the epoch alone: R processes with batches of B train on what
-    one process with batches of R B trains on, and a resumed training on what the interrupted one
-    would have. Not shuffled, the samples are dealt in R runs, the last of which may be shorter.
+    Each global batch is a section of one permutation, and process r of R takes its r-th part. The
+    permutation depends on the seed and the epoch alone. R processes with batches of B therefore
+    train on the same samples as one process with batches of R B, and a resumed training on the same
+    samples as an uninterrupted one. Unshuffled, each process takes one of R contiguous parts.
 
     Args:
-        count: Samples in all.
-        batch_size: B; a remainder below R B is left out of a shuffled epoch.
-        shuffle: Whether to.
-        seed: Of the permutations.
+        count: The number of samples.
+        batch_size: B; a shuffled epoch leaves out a remainder below R B.
+        shuffle: Whether to shuffle.
+        seed: The seed of the permutations.
         rank: r.
         ranks: R.
     """
@@ -154,18 +154,18 @@ class GlobalOrder(Sampler[int]):
 
 
 def make_loader(samples: Samples, order: GlobalOrder) -> DataLoader[Batch]:
-    """Return batches of `samples` in that order."""
+    """Return batches of `samples` in the given order."""
     return DataLoader(
         samples,
         batch_size=order.batch_size,
         sampler=order,
-        collate_fn=_as_it_is,
-        # A loader draws from the global generator otherwise, and a resumed training would not.
+        collate_fn=_identity,
+        # Without it, the loader draws from the global generator, and a resumed training differs.
         generator=torch.Generator("cpu"),
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
@@ -173,5 +173,5 @@ def _split(mask: Tensor | None, x: Tensor, chunk: int) -> Sequence[Tensor | None
     return [None] * len(x.split(chunk)) if mask is None else mask.split(chunk)
 
 
-def _usable(x: Tensor, mask: Tensor | None) -> Tensor:
+def _valid_and_finite(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.isfinite() if mask is None else x.isfinite() & mask.unsqueeze(-1)

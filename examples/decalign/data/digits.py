@@ -1,4 +1,4 @@
-"""Real handwritten digits, cut into modalities of which none suffices alone."""
+"""Handwritten digits, cut into several views as modalities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["VIEWS", "DigitsData", "split_rows"]
 Array = NDArray[np.float32]
 
 TEST_FRACTION = 0.25
-# The split is part of the data set: it does not follow the seed of a training.
+# The split is part of the data set, and does not depend on the seed of a training.
 SPLIT_SEED = 0
 
 
@@ -66,11 +66,11 @@ class DigitsData(ModalityData):
 
     Args:
         views: The modalities: "upper", "lower", "coarse", "left", "right", "profile".
-        validation_fraction: Part of the samples outside the test split that is kept for
-            validation; nothing is selected on it during training.
+        validation_fraction: The fraction of the samples outside the test split that is used for
+            validation; training selects nothing on it.
         batch_size: As in `ModalityData`.
-        eval_batch_size: Likewise.
-        missing: Likewise.
+        eval_batch_size: As in `ModalityData`.
+        missing: As in `ModalityData`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DigitsData(ModalityData):
         return Target(kind="class", categories=tuple("0123456789"))
 
     def load(self) -> dict[str, Samples]:
-        """Cut, split and standardise."""
+        """Cut the images into views, split the samples, and standardise the features."""
         digits = load_digits()
         images = digits.images.astype(np.float32)
         views = {name: torch.from_numpy(VIEWS[name](images).copy()) for name in self.views}
@@ -101,7 +101,7 @@ class DigitsData(ModalityData):
         scaling = {}
         for name, view in views.items():
             train = view[rows["train"]]
-            # A pixel is a feature of its own, wherever in the sequence it is.
+            # Each pixel is standardised separately, also along the sequence.
             pixels = Scaling.measure(train.reshape(len(train), 1, -1))
             scaling[name] = Scaling(*(x.view(view.shape[1:]) for x in pixels))
         return {

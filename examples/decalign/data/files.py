@@ -29,13 +29,13 @@ def make_sample(args: Sequence[str] | None = None) -> None:
     """Write a small file in the format of a data set."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.decalign make_sample",
-        description="Write a small pickle of drawn numbers in the format of a data set.",
+        description="Write a small pickle of random numbers in the format of a data set.",
     )
     parser.add_argument("name", choices=sample.FORMATS)
     parser.add_argument("path", type=Path)
     parser.add_argument("--sizes", nargs=3, type=int, default=[64, 32, 32])
-    parser.add_argument("--steps", type=int, help="at most so many in each modality")
-    parser.add_argument("--features", type=int, help="at most so many in each modality")
+    parser.add_argument("--steps", type=int, help="maximum for each modality")
+    parser.add_argument("--features", type=int, help="maximum for each modality")
     parser.add_argument("--vocabulary", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args(args))

@@ -1,9 +1,9 @@
 """Reading a data set's file without running what it contains.
 
-A pickle is a program: loading one calls whatever it names. MMSA's files hold numpy arrays in
-dictionaries and lists, so the reader here knows the handful of names that those need and refuses
-every other one by name, before anything is called. Nor is numpy itself called with what a file
-says before that is checked: an array of objects made from bytes would be an array of pointers.
+A pickle is a program: loading it calls any function that it names. MMSA's files hold numpy arrays
+in dictionaries and lists. The reader here accepts the few names that these need, and refuses every
+other name before any call. It also checks a file's arguments before it calls numpy, since an array
+of objects made from bytes would be an array of pointers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RefusedPickleError(pickle.UnpicklingError):
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`, whose own `__setstate__` believes what the file says."""
+    """Replaces `numpy.dtype`, whose `__setstate__` does not check the file's content."""
 
     def __init__(self, code: str, *args: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[biufcSUO]\d*", code):
@@ -49,7 +49,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """Stands for `numpy.ndarray`, out of whose buffer a file could make pointers."""
+    """Replaces `numpy.ndarray`, whose buffer a file could turn into pointers."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         version, shape, kind, fortran, content = state
@@ -66,11 +66,11 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, kind.dtype, fortran, content))
 
 
-class _Call:
-    """A function that a file may call and not change: a pickle may set attributes of what it loads.
+class _AllowedFunction:
+    """A function that a file may call, but whose attributes it cannot set.
 
     Args:
-        function: What is called.
+        function: The function.
     """
 
     __slots__ = ("_function",)
@@ -91,7 +91,7 @@ def _refuse_array(*args: object) -> None:
 
 def _buffer(kind: type[bytes] | type[bytearray]) -> Callable[..., bytes | bytearray]:
     def make(content: object = b"", *encoding: str) -> bytes | bytearray:
-        # A number would be a size, of any size.
+        # `bytes(number)` would allocate that many bytes.
         if encoding and isinstance(content, str):
             return kind(content, "latin1")
         if not isinstance(content, (bytes, bytearray, list)):
@@ -108,7 +108,7 @@ def _reconstruct(*args: object) -> np.ndarray:
 def _frombuffer(
     content: bytes, kind: _Dtype, shape: tuple[int, ...], order: Any, axes: Any = None
 ) -> np.ndarray:
-    # Refuses objects by itself.
+    # `np.frombuffer` refuses arrays of objects.
     array = np.frombuffer(content, kind.dtype).reshape(shape, order=order)
     return array if axes is None else array.transpose(axes)
 
@@ -119,27 +119,27 @@ def _scalar(kind: _Dtype, content: bytes) -> np.generic:
 
 # numpy 2 writes numpy._core, numpy 1 wrote numpy.core; `encode` is how protocol 2 stores bytes.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Call(_refuse_array),
+    ("numpy", "ndarray"): _AllowedFunction(_refuse_array),
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _Call(lambda text, encoding: text.encode("latin1")),
+    ("_codecs", "encode"): _AllowedFunction(lambda text, encoding: text.encode("latin1")),
     ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "bytes"): _Call(_buffer(bytes)),
-    ("builtins", "bytearray"): _Call(_buffer(bytearray)),
+    ("builtins", "bytes"): _AllowedFunction(_buffer(bytes)),
+    ("builtins", "bytearray"): _AllowedFunction(_buffer(bytearray)),
     ("builtins", "complex"): complex,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }
 for _core in ("numpy.core", "numpy._core"):
     _ALLOWED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _Call(_reconstruct),
-        (f"{_core}.multiarray", "scalar"): _Call(_scalar),
-        (f"{_core}.numeric", "_frombuffer"): _Call(_frombuffer),
+        (f"{_core}.multiarray", "_reconstruct"): _AllowedFunction(_reconstruct),
+        (f"{_core}.multiarray", "scalar"): _AllowedFunction(_scalar),
+        (f"{_core}.numeric", "_frombuffer"): _AllowedFunction(_frombuffer),
     }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Files written by Python 2, or to be read by it, say __builtin__.
+        # Pickles by or for Python 2 name the module __builtin__.
         module = {"__builtin__": "builtins"}.get(module, module)
         if (module, name) not in _ALLOWED:
             raise RefusedPickleError(
@@ -158,17 +158,17 @@ def read_pickle(path: str | Path) -> Any:
     """Return the numpy arrays and plain containers of a pickle; refuse anything else by name.
 
     Raises:
-        RefusedPickleError: The file names anything else, which is not imported or called.
-        pickle.UnpicklingError: The file is no pickle, is cut off or is damaged.
+        RefusedPickleError: The file has another name; nothing of that name is imported or called.
+        pickle.UnpicklingError: The file is not a pickle, is cut off or is damaged.
     """
-    # What an earlier unpickling has found by a number would be given out without being asked for.
+    # An extension code that an earlier load resolved would bypass `find_class`.
     copyreg.clear_extension_cache()
     with Path(path).open("rb") as file:
         try:
             return _Unpickler(file).load()
         except RefusedPickleError as error:
             raise RefusedPickleError(f"{path}: {error}") from None
-        # What bytes that are no pickle make the machine do has no end of ways to fail.
+        # Bytes that are not a pickle can raise any exception.
         except Exception as error:
             raise pickle.UnpicklingError(
                 f"{path} is no whole pickle of arrays: {type(error).__name__}: {error}"
@@ -178,12 +178,12 @@ def read_pickle(path: str | Path) -> Any:
 def read_dataset(path: str | Path) -> Splits:
     """Return the splits of a pickle, or of the file that `convert` made of one.
 
-    The arrays of a converted file stay there and are read when they are used.
+    The arrays of a converted file are memory-mapped, and read when they are used.
 
     Raises:
         FileNotFoundError: There is no such file.
-        pickle.UnpicklingError: As `read_pickle` says.
-        ValueError: A converted file is cut off, or another one.
+        pickle.UnpicklingError: As in `read_pickle`.
+        ValueError: A converted file is cut off, or was not written by `convert`.
     """
     path = Path(path)
     if not path.is_file():
@@ -194,7 +194,7 @@ def read_dataset(path: str | Path) -> Splits:
 
 
 def convert(source: str | Path, destination: str | Path) -> None:
-    """Write a pickle once as a safetensors file: no code, and mapped into memory when read."""
+    """Write a pickle as a safetensors file, which contains no code and is memory-mapped."""
     splits = read_dataset(source)
     if not isinstance(splits, dict) or not all(isinstance(t, dict) for t in splits.values()):
         raise ValueError(f"{source} must hold a dictionary of splits, each a dictionary")
@@ -204,7 +204,7 @@ def convert(source: str | Path, destination: str | Path) -> None:
 def write_dataset(splits: Splits, destination: str | Path) -> None:
     """Write splits as a safetensors file.
 
-    Lists of strings become part of its header; everything else becomes an array.
+    Lists of strings become part of its header; all other values become arrays.
     """
     destination = Path(destination)
     if destination.suffix != ".safetensors":

@@ -1,7 +1,7 @@
-"""Small files in the format of each data set, so that every path can be run without the data.
+"""Small files in the format of each data set, to run every command without the data.
 
-The numbers are drawn, not recorded: a label, and features of which each modality carries a part of
-it under noise. Nothing that a model reaches on them says anything about the data sets.
+The numbers are random: labels, and features that depend linearly on the label, with noise. Results
+on them say nothing about the data sets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "make_sample"]
 
 Format = Literal["mosi", "mosei", "sims", "iemocap"]
 
-# Steps and features of text, audio and vision, as in the public files; labels' range.
+# Steps and features of text, audio and vision as in the public files, and the range of the labels.
 FORMATS: dict[str, dict[str, Any]] = {
     "mosi": {"shapes": ((50, 768), (50, 5), (50, 20)), "limit": 3, "aligned": True},
     "mosei": {"shapes": ((50, 768), (50, 74), (50, 35)), "limit": 3, "aligned": True},
@@ -42,16 +42,16 @@ def make_sample(
     Args:
         name: "mosi", "mosei" (aligned), "sims" (unaligned) or "iemocap" (one step).
         path: The file to write.
-        sizes: Samples of the training, validation and test split.
-        steps: At most so many in each modality.
-        features: At most so many in each modality.
-        vocabulary: Token ids lie below it.
-        seed: Of the drawing.
+        sizes: The numbers of samples of the training, validation and test split.
+        steps: The maximum for each modality.
+        features: The maximum for each modality.
+        vocabulary: Token ids lie below this number.
+        seed: The seed of the random numbers.
     """
     generator = np.random.default_rng(seed)
     form = FORMATS[name]
     shapes = [(min(t, steps or t), min(d, features or d)) for t, d in form["shapes"]]
-    # How each modality's features depend on the label, the same in all splits.
+    # The dependence of each modality's features on the label is the same in all splits.
     loadings = [generator.normal(size=width) for _, width in shapes]
     content = {
         split: _draw_split(generator, form, shapes, loadings, size, vocabulary)
@@ -95,14 +95,14 @@ def _draw_split(
         table[name] = x.astype(np.float32)
         if not form["aligned"] and name != "text":
             table[f"{name}_lengths"] = valid.tolist()
-    # COVAREP's logarithms of silence.
+    # COVAREP's features are logarithms, and not finite for silence.
     table["audio"][0, 0, 0] = -np.inf
     table["audio"][1, 0, -1] = np.nan
 
     if form["limit"] is not None:
         steps = shapes[0][0]
         mask = np.arange(steps) < np.minimum(lengths, steps)[:, None]
-        # Tokens tell the label too: the higher it is, the higher they are.
+        # Token ids increase with the label.
         share = (labels + form["limit"]) / (2 * form["limit"])
         tokens = np.clip(share[:, None] + 0.1 * generator.normal(size=mask.shape), 0, 1)
         tokens = 4 + np.round(tokens * (vocabulary - 5))

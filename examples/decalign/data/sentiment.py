@@ -1,4 +1,4 @@
-"""CMU-MOSI, CMU-MOSEI, CH-SIMS and IEMOCAP: files in the layout of MMSA, checked and cleaned."""
+"""CMU-MOSI, CMU-MOSEI, CH-SIMS and IEMOCAP, from files in the layout of MMSA."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ MODALITIES = ("text", "audio", "vision")
 
 
 class SchemaError(ValueError):
-    """A key of the file is missing or misshapen; the message names file and key."""
+    """A key of the file is missing or has a wrong shape; the message names file and key."""
 
 
 class DataWarning(UserWarning):
-    """Entries of the file were not finite and are read as the mean."""
+    """Entries of the file are not finite and are replaced by the mean."""
 
 
 class MMSAData(ModalityData):
     """A file of three splits, each a table of features, labels and, where they vary, lengths.
 
-    Per split: "text", "audio" and "vision" `(N, T_m, d_m)`; "text_bert" `(N, 3, T)`, the token ids,
-    attention mask and segments of BERT, if `text` is "tokens"; "regression_labels" or
+    A split has "text", "audio" and "vision" `(N, T_m, d_m)`; "text_bert" `(N, 3, T)`, the token
+    ids, attention mask and segments of BERT, if `text` is "tokens"; "regression_labels" or
     "classification_labels" `(N)`; optionally "audio_lengths", "vision_lengths", "text_lengths"
-    `(N)`, "id", "raw_text". A modality without lengths is as long as its attention mask says where
-    the file is aligned to the text, and ends otherwise with its last step that is not all zero.
+    `(N)`, "id", "raw_text". A modality without lengths that has as many steps as "text_bert" takes
+    its attention mask. Any other ends with its last step that is not all zero.
 
     Args:
-        path: The pickle, or what `convert` made of it.
+        path: The pickle, or the file that `convert` wrote.
         text: "features", or "tokens" for a text encoder that is trained too.
         labels: "scores" (regression) or "classes".
         standardise: The modalities whose features get mean 0 and deviation 1 over the training
             samples' valid steps; all of them by default.
         batch_size: As in `ModalityData`.
-        eval_batch_size: Likewise.
-        missing: Likewise.
+        eval_batch_size: As in `ModalityData`.
+        missing: As in `ModalityData`.
     """
 
     scores: Target | None = SENTIMENT
@@ -70,7 +70,7 @@ class MMSAData(ModalityData):
 
     @property
     def target(self) -> Target:
-        """A score or classes, as `labels` says."""
+        """A score or classes, according to `labels`."""
         return self.scores if self.labels == "scores" and self.scores else self.classes
 
     def load(self) -> dict[str, Samples]:
@@ -147,7 +147,7 @@ class IEMOCAP(MMSAData):
 
 
 def _check_file(content: Any, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the splits with their arrays as tensors, or name what is missing or misshapen."""
+    """Return the splits with arrays as tensors; raise if a key is missing or has a wrong shape."""
     if not isinstance(content, Mapping):
         raise SchemaError(f"expected a mapping of splits; got {type(content).__name__}")
     tables: dict[str, dict[str, Any]] = {}
@@ -203,7 +203,7 @@ def _as_tensor(split: str, key: str, value: Any) -> Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise SchemaError(f"{split}[{key!r}] must hold numbers; got {array.dtype}")
-        # Pickled arrays may be read-only, and torch warns of sharing those.
+        # Pickled arrays may be read-only, and torch warns if a tensor shares their memory.
         value = torch.from_numpy(array if array.flags.writeable else array.copy())
     if key == "text_bert" or key.endswith("_lengths"):
         return value.long()
@@ -229,7 +229,7 @@ def _check_targets(split: str, targets: Tensor, target: Target) -> Tensor:
 
 
 def _masks(table: Mapping[str, Any], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the valid steps of the modalities that have invalid ones."""
+    """Return the masks of valid steps, for modalities with invalid steps."""
     masks = {}
     attention = table["text_bert"][:, 1] > 0 if "text_bert" in table else None
     for name, x in features.items():
@@ -248,16 +248,16 @@ def _masks(table: Mapping[str, Any], features: Mapping[str, Tensor]) -> dict[str
         elif attention is not None and attention.shape[1] == steps:
             mask = attention
         else:
-            there = (x != 0).any(-1)
+            nonzero = (x != 0).any(-1)
             # Valid up to the last step that is not all zero.
-            mask = there.flip(1).cummax(1).values.flip(1)
+            mask = nonzero.flip(1).cummax(1).values.flip(1)
         if not bool(mask.all()):
             masks[name] = mask
     return masks
 
 
 def _report(batches: Mapping[str, Batch]) -> None:
-    """Warn of what is not finite in valid steps, once for the whole file."""
+    """Warn of non-finite entries in valid steps, once for the whole file."""
     found = []
     for split, batch in batches.items():
         for name, x in batch.features.items():
