@@ -73,7 +73,9 @@ def test_all_that_is_read_of_a_plan_is_that_of_the_dense_one(count, absent, plai
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
     step = 1e-6
-    ahead, behind = (form.at(1 / (1 / whole.epsilon + s)).marginals(x)[1] for s in (step, -step))
+    ahead, behind = (
+        form.at(whole.epsilon / (1 + s)).marginals(x * (1 + s))[1] for s in (step, -step)
+    )
     tangent = ours.tangent(x, now)
     torch.testing.assert_close(tangent, (behind - ahead) / (2 * step), rtol=0.01, atol=1e-5)
 
