@@ -1,4 +1,10 @@
-"""The sum and the marginals of a plan at given potentials, with gradients.
+"""What is read of a plan at given potentials, with gradients.
+
+The solver ends at potentials x without gradient. At the optimum r(x; C, nu, epsilon) = nu - m = 0,
+so by the implicit function theorem dx = H^-1 dr at fixed x, with H the matrix of the marginals
+and pairwise marginals :cite:`luise:18,eisenberger:22`. Adding H^-1 (r - r.detach()) to x attaches
+that gradient and leaves the value. The optimal value itself is stationary in x: its gradient is the
+plan and the potentials, which need no solve, and the derivatives of these are its second ones.
 
 A small plan, or one of a full cost tensor, is built and summed. A larger one of pairwise costs is
 read by elimination in operators of their own, which compute it again for their gradients rather
@@ -27,7 +33,7 @@ from multialign.transport.elimination import (
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.problem import Problem, unflatten_problem
 
-__all__ = ["log_total", "read_marginals", "solve_hessian"]
+__all__ = ["attach", "dual_value", "log_total", "read_marginals"]
 
 # Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
 # potentials are not determined, and this keeps their gradient finite.
@@ -41,21 +47,36 @@ _NOWHERE = -1e30
 _SMALL_ENTRIES = 2**14
 
 
-def log_total(
-    problem: Problem, potentials: Tensor, form: FormName, known: Tensor | None = None
-) -> Tensor:
+def log_total(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     """Return the logarithm of the sum of the plan, `(B,)`, at potentials in units of epsilon.
 
-    If its value is `known`, nothing is computed but its gradient.
+    It has no gradient.
     """
     unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
     if _is_whole(problem, form):
         return logsumexp(_joined(unaries, pairs, problem).flatten(1), 1)
-    edges, factors = _flat(list(pairs)), [*unaries, *pairs.values()]
-    if known is None:
-        (known,) = _marginals([x.detach() for x in factors], edges, [])
-    total: Tensor = _LogTotal.apply(edges, known, *factors)
-    return total
+    total: list[Tensor] = _marginals([*unaries, *pairs.values()], _flat(list(pairs)), [])
+    return total[0]
+
+
+def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
+    """Return epsilon (<x, nu> - log Z), `(B,)`, at the potentials x that maximise it.
+
+    The plan sums to 1. It has first and second derivatives.
+    """
+    costs, scopes, marginals, *rest = problem.flatten()
+    value: Tensor = _DualValue.apply(
+        form, scopes, len(costs), potentials, *rest, *costs, *marginals
+    )
+    return value
+
+
+def attach(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
+    """Return the optimal potentials with their gradient."""
+    singles = [(p,) for p in range(len(problem.marginals))]
+    found = torch.cat(read_marginals(problem, potentials, singles, form), -1)
+    residual = torch.cat(problem.marginals, -1) - found
+    return potentials + _solve(problem, potentials, residual - residual.detach(), form)
 
 
 def read_marginals(
@@ -76,11 +97,11 @@ def read_marginals(
     return [table * total.reshape(len(total), *[1] * (table.ndim - 1)) for table in tables]
 
 
-def solve_hessian(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
+def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
     solution: Tensor = _Solve.apply(
-        form, scopes, len(costs), right, *rest, potentials, *costs, *marginals
+        form, scopes, len(costs), right, potentials, *rest, *costs, *marginals
     )
     return solution
 
@@ -99,28 +120,42 @@ def _joined(unaries: Sequence[Tensor], pairs: dict[Scope, Tensor], problem: Prob
     return join({**{(p,): x for p, x in enumerate(unaries)}, **pairs}, problem.sizes)
 
 
-class _LogTotal(torch.autograd.Function):
+class _DualValue(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(edges: list[int], known: Tensor, *factors: Tensor) -> Tensor:
-        return known.clone()
+    def forward(
+        form: FormName,
+        scopes: list[int],
+        count: int,
+        potentials: Tensor,
+        epsilon: Tensor,
+        deviation: Tensor,
+        *tables: Tensor,
+    ) -> Tensor:
+        return epsilon * (potentials * torch.cat(tables[count:], -1)).sum(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.edges = inputs[0]
-        ctx.save_for_backward(*inputs[2:])
+        ctx.how = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factors, edges = ctx.saved_tensors, ctx.edges
-        count = len(factors) - len(edges) // 2
-        scopes = [p for p in range(count) for _ in (0, 1)] + edges
-        # Operators have no derivative of their own: second derivatives are not taken.
-        with torch.no_grad():
-            tables = _marginals(list(factors), edges, scopes)
-        shaped = [grad.reshape(len(grad), *[1] * (table.ndim - 1)) * table for table in tables[1:]]
-        return None, None, *shaped
+        form, scopes, count = ctx.how
+        potentials, epsilon, deviation, *tables = ctx.saved_tensors
+        costs, marginals = tables[:count], tables[count:]
+        problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+        if torch.is_grad_enabled():
+            potentials = attach(problem, potentials, form)
+        plans = read_marginals(problem, potentials, problem.edges, form)
+        by_costs = [grad.reshape(len(grad), *[1] * (p.ndim - 1)) * p for p in plans]
+        by_marginals = (grad * epsilon).unsqueeze(-1) * potentials
+        cost = sum((p * c).flatten(1).sum(-1) for p, c in zip(plans, costs, strict=True))
+        inner = (potentials * torch.cat(marginals, -1)).sum(-1)
+        by_epsilon = grad * (inner - cost / epsilon)
+        blocks = by_marginals.split(problem.sizes, -1)
+        return None, None, None, None, by_epsilon, None, *by_costs, *blocks
 
 
 class _Marginals(torch.autograd.Function):
@@ -137,8 +172,11 @@ class _Marginals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factors = list(ctx.saved_tensors)
         with torch.no_grad():
-            found = _marginals_backward(list(ctx.saved_tensors), ctx.edges, ctx.scopes, list(grads))
+            found = _marginals_backward(factors, ctx.edges, ctx.scopes, list(grads))
+        if torch.is_grad_enabled():
+            found = [_FirstOnly.apply(derivative, *grads, *factors) for derivative in found]
         return None, None, *found
 
 
@@ -151,30 +189,56 @@ class _Solve(torch.autograd.Function):
         scopes: list[int],
         count: int,
         right: Tensor,
+        potentials: Tensor,
         epsilon: Tensor,
         deviation: Tensor,
-        potentials: Tensor,
         *tables: Tensor,
     ) -> Tensor:
-        costs = [tables[n] for n in range(count)]
-        marginals = [tables[n] for n in range(count, len(tables))]
-        result: Tensor = _solve_hessian(
+        costs, marginals = list(tables[:count]), list(tables[count:])
+        solution: Tensor = _solve_hessian(
             costs, scopes, marginals, epsilon, deviation, potentials, right, form
         )
-        return result
+        return solution
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.form_of_problem = inputs[:3]
+        ctx.how = inputs[:3]
         ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # H is symmetric.
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            saved = ctx.saved_tensors
-            solution = _Solve.forward(*ctx.form_of_problem, grad, *saved)
+            solution = _Solve.forward(*ctx.how, grad, *saved)
+        if torch.is_grad_enabled():
+            solution = _FirstOnly.apply(solution, grad, *saved)
         return None, None, None, solution, *[None] * len(saved)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """A derivative that depends on `others` in a way that is not kept.
+
+    Taken as a constant, it would make a second derivative wrong in silence.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(derivative: Tensor, *others: Tensor) -> Tensor:
+        return derivative.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "potentials, marginals and transport_cost of a TransportSolution have first "
+            "derivatives only, and its value has first and second ones; use value, which is the "
+            'objective="regularized" of prototype_alignment_loss'
+        )
 
 
 def _flat(scopes: Sequence[Scope]) -> list[int]:

@@ -1,10 +1,4 @@
-"""The solution of a transport problem, with exact gradients by implicit differentiation.
-
-The solver ends at potentials x without gradient. At the optimum r(x; C, nu, epsilon) = nu - m = 0,
-so by the implicit function theorem dx = H^-1 dr at fixed x, with H the matrix of the marginals
-and pairwise marginals :cite:`luise:18,eisenberger:22`. Adding H^-1 (r - r.detach()) to x gives it
-that gradient and leaves its value. The optimal value itself is stationary in x and needs no solve.
-"""
+"""The solution of a transport problem, with exact gradients by implicit differentiation."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ from torch import Tensor
 
 from multialign._validation import check_entries
 from multialign.transport.forms.choose import FormName
-from multialign.transport.implicit import log_total, read_marginals, solve_hessian
+from multialign.transport.implicit import attach, dual_value, read_marginals
 from multialign.transport.problem import Problem
 from multialign.transport.sinkhorn import Iterate
 
@@ -31,8 +25,8 @@ class TransportSolution:
 
     is built by :meth:`plan` alone. All floating-point results are differentiable in costs,
     marginals and :math:`\epsilon` by implicit differentiation; `potentials`, `transport_cost`, the
-    marginals and the plan take one linear solve with a matrix over all atoms. First derivatives
-    are exact; second derivatives are not supported.
+    marginals and the plan take one linear solve with a matrix over all atoms. `value` has exact
+    second derivatives too; those of all other results raise.
 
     Returned by :func:`multi_marginal_sinkhorn`; not built by hand.
 
@@ -148,15 +142,10 @@ class TransportSolution:
         return self._problem.unflatten(self._probabilities([everything])[0])
 
     def _dual_value(self) -> Tensor:
-        """Return the dual objective, whose gradient at fixed potentials is exact (Danskin)."""
         problem = self._problem
         wanted = torch.cat(problem.marginals, -1)
-        dual = (self._fixed * wanted).sum(-1)
-        if self._is_recorded():
-            # The logarithm of the plan's sum is 0, but its gradient is not.
-            known = torch.zeros_like(problem.epsilon)
-            dual = dual - log_total(problem, self._fixed, self._form, known)
-        return problem.epsilon * dual + (torch.cat(problem.offsets, -1) * wanted).sum(-1)
+        dual = dual_value(problem, self._fixed, self._form)
+        return dual + (torch.cat(problem.offsets, -1) * wanted).sum(-1)
 
     def _is_recorded(self) -> bool:
         """Return whether gradients are recorded."""
@@ -168,13 +157,7 @@ class TransportSolution:
         if not self._is_recorded():
             return self._fixed
         if self._attached is None:
-            problem = self._problem
-            singles = [(p,) for p in range(len(problem.marginals))]
-            found = torch.cat(read_marginals(problem, self._fixed, singles, self._form), -1)
-            residual = torch.cat(problem.marginals, -1) - found
-            change = residual - residual.detach()
-            step = solve_hessian(problem.detach(), self._fixed, change, self._form)
-            self._attached = self._fixed + step
+            self._attached = attach(self._problem, self._fixed, self._form)
         return self._attached
 
     def _probabilities(self, scopes: list[Any]) -> list[Tensor]:
