@@ -63,8 +63,8 @@ class Loss:
     compares: bool = True
     """float32 comes near float64 on any data."""
     seeds: bool = False
-    """Fits from samples drawn at random, and numbers its prototypes by them. Laws hold where the best
-    fit is clear, and for one order of samples in all modalities."""
+    """Fits from samples drawn at random, and numbers its prototypes by them. Laws hold where the
+    best fit is clear, and for one order of samples in all modalities."""
     least: int = 1
     """How many samples a modality needs."""
     two_of_three: float | None = 1.0
@@ -218,7 +218,7 @@ VARIANTS = {
         size=lambda spread, dim: 1e3 * dim,
     ),
     "mmd": _mmd,
-    "mmd bandwidths": replace(_mmd, options={"bandwidth": (0.5, 2.0)}),
+    "mmd bandwidths": replace(_mmd, options={"bandwidth": (0.5, 2.0)}, unit=0.5),
     "mmd median": replace(
         _mmd,
         options={"bandwidth": "median"},
@@ -245,7 +245,10 @@ VARIANTS = {
     "sinkhorn": _sinkhorn,
     "sinkhorn chain": _sinkhorn_chain,
     "sinkhorn biased": replace(
-        _sinkhorn_chain, options={"graph": "chain", "debias": False}, zero=False
+        _sinkhorn_chain,
+        options={"graph": "chain", "debias": False},
+        pads=False,  # of costs equal up to rounding, epsilon is of the size of the rounding
+        zero=False,
     ),
     # At a small epsilon sweeps stop early, with a warning: what has to hold is what holds of any
     # state.
