@@ -14,8 +14,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-# Tests that share a slow fixture stay together.
-PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+# Neighbours, which share fixtures, stay together until a worker has nothing left to do.
+PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 EXAMPLE := examples.decalign
 DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 

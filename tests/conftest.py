@@ -25,10 +25,6 @@ if settings:
     settings.load_profile("default")
 
 
-# Each takes many seconds once, for all the tests of a file: these run on one worker.
-SLOW_FIXTURES = {"outcomes", "runs", "steps"}
-
-
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the tests run on")
     parser.addoption("--site", help="built documentation, for test_docs.py: `make docs` passes it")
@@ -43,17 +39,12 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "transforms: of torch.compile and torch.func")
     config.addinivalue_line("markers", "long: the code of another test at another size")
-    config.addinivalue_line("markers", "xdist_group(name): run by one worker")
     # Without a GPU the kernels are interpreted. Triton reads this when it is imported.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups after this
 def pytest_collection_modifyitems(items):
-    for item in items:
-        for name in SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
     # Eager calls work from torch 2.4 on; of the versions tested, these need the newest.
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         skip = pytest.mark.skip(reason="torch.compile and torch.func: tested with torch 2.13")

@@ -143,6 +143,7 @@ def runs(tmp_path_factory):
             path = folder / f"{threads}_{attempt}.pt"
             command = [sys.executable, "-W", "ignore", "-m", "tests.test_training", str(threads)]
             environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+            environment["OMP_WAIT_POLICY"] = "passive"  # other tests run on these cores too
             done = subprocess.run(
                 [*command, path], cwd=ROOT, env=environment, capture_output=True, text=True
             )
