@@ -258,9 +258,9 @@ def transport(*sizes):
         *[
             (
                 lambda kind=kind: fit_gaussian_mixture(
-                    huge(270_000, 16), 64, covariance_type=kind, iterations=1
+                    huge(20_000, 128), 128, covariance_type=kind, iterations=1
                 ),
-                270_000 * 64 * 16,
+                20_000 * 128 * 128,
                 'covariance_type="diag"',
             )
             for kind in ("full", "tied")
