@@ -7,29 +7,36 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # The folder that bench-gpu writes.
 OUT ?= benchmarks/results
+# How many tests run at once: auto stands for one a core, and at most 8.
+WORKERS ?= auto
 # Further arguments to pytest or to the example.
 ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# Neighbours, which share fixtures, stay together until a worker has nothing left to do.
+PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 EXAMPLE := examples.decalign
 DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test coverage mutants example lint format types docs wheel release-check bench fuzz test-gpu bench-gpu clean
+.PHONY: help test test-long coverage mutants example lint format types docs wheel release-check bench fuzz test-gpu bench-gpu clean
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 test: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the tests and the examples in the docstrings
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+test-long: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-triton ## Run the slow cases that `test` leaves out
+	$(PY) -m pytest -m long $(PARALLEL) $(ARGS)
 
 # What torch.compile traces it does not run line by line, and afterwards coverage sees nothing more.
 coverage: $(VENV)/.installed-test $(VENV)/.installed-triton ## Measure which lines and branches of multialign the tests run
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -m "not transforms" --ignore-glob="tests/test_decalign*" --ignore=tests/test_examples.py $(ARGS)
+	$(PY) -m coverage run -m pytest $(PARALLEL) -m "not transforms and not long" --ignore-glob="tests/test_decalign*" --ignore=tests/test_examples.py $(ARGS)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --show-missing --skip-covered
 
@@ -79,9 +86,9 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-ben
 	$(PY) -m benchmarks.decalign_step
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
-# hand, and pytest.
+# hand, pytest and pytest-xdist.
 test-gpu: ## Run the tests of the CUDA kernels on a GPU, with PYTHON as it is
-	$(PYTHON) -m pytest tests/test_triton.py --device cuda -p no:cacheprovider $(ARGS)
+	$(PYTHON) -m pytest tests/test_triton.py --device cuda -p no:cacheprovider -m "" --numprocesses 8 $(ARGS)
 
 bench-gpu: ## Measure the CUDA kernels on a GPU and write OUT/gpu.csv, with PYTHON as it is
 	$(PYTHON) -m benchmarks.gpu $(OUT) $(ARGS)

@@ -72,6 +72,7 @@ def run_tests(environment: Environment, tests: Path) -> str:
     """Run the test suite in an environment and return its counts."""
     report = environment.folder / "tests.xml"
     pytest = [environment.python, "-m", "pytest", "-q", f"--junitxml={report}"]
+    pytest += ["--numprocesses=auto", "--maxprocesses=8", "--dist=worksteal"]
     what = ["--collect-in-virtualenv", "tests", "--pyargs", "multialign"]
     status = subprocess.run([*pytest, *what], cwd=tests).returncode
     if not report.exists():

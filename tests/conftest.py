@@ -38,6 +38,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "transforms: of torch.compile and torch.func")
+    config.addinivalue_line("markers", "long: the code of another test at another size")
     # Without a GPU the kernels are interpreted. Triton reads this when it is imported.
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -394,9 +394,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert len(list(path.parent.iterdir())) == 2
 
 
-def test_a_killed_training_goes_on():
-    """Three kills; ``python -m tests.kill_training 20`` is the long form."""
-    kill_training.main(["3", "--seed", "1"])
+@pytest.mark.parametrize(("kills", "seed"), [(1, 0), pytest.param(3, 1, marks=pytest.mark.long)])
+def test_a_killed_training_goes_on(kills, seed):
+    """``python -m tests.kill_training 20`` kills it more often."""
+    kill_training.main([str(kills), "--seed", str(seed)])
 
 
 def test_a_checkpoint_is_whole_when_its_writer_is_killed(tmp_path):

@@ -341,7 +341,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(schedule, samples, tmp_path, m
 # --- two processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sims", "digits"])
+@pytest.mark.parametrize("name", ["sims", pytest.param("digits", marks=pytest.mark.long)])
 def test_two_processes_equal_one(name, samples, tmp_path):
     """DDP on two gloo ranks against one process with batches twice as large."""
     # What draws numbers of its own on every process is off; k-means++ draws them once for all.

@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from multialign import (
     GaussianMomentLoss,
     GaussianPrototypes,
-    MMDLoss,
     PrototypeAlignmentLoss,
     fit_gaussian_mixture,
     gaussian_moment_loss,
 )
+from tests.losses import VARIANTS
 
 
 def statistic(mixture):
@@ -79,15 +79,11 @@ def unsqueezed(weights, features):
 def make_losses(group=None):
     em = {"em_iterations": 3, "process_group": group}
     return {
-        "moments": GaussianMomentLoss(process_group=group),
-        "mmd": MMDLoss(bandwidth="median", process_group=group),
-        "mmd unbiased": MMDLoss(estimator="unbiased", process_group=group),
-        "random features": MMDLoss(
-            estimator="random_features", num_features=50, process_group=group
-        ),
-        "prototypes": PrototypeAlignmentLoss(3, **em),
-        "prototypes momentum": PrototypeAlignmentLoss(3, momentum=0.5, **em),
-        "prototypes plan": PrototypeAlignmentLoss(3, matching="plan", covariance_type="full", **em),
+        **{
+            name: loss.given(num_prototypes=3, **em).make()
+            for name, loss in VARIANTS.items()
+            if loss.takes("process_group")
+        },
         "prototypes of different numbers": PrototypeAlignmentLoss(
             [2, 3, 4], matching="plan", covariance_type="tied", **em
         ),

@@ -18,6 +18,7 @@ from multialign import (
     multi_marginal_sinkhorn_loss,
     prototype_alignment_loss,
 )
+from tests.losses import LOSSES, each
 
 # Here the units of the bounds are entries, of so many bytes.
 BYTES = {torch.float32: 4, torch.float64: 8}
@@ -171,6 +172,19 @@ def test_sinkhorn(graph, modalities, count):
     hessian = (modalities * count) ** 2 if modalities * count <= 512 else 0
     found = step(loss, features)
     assert found <= 8 * ((modalities + 1) * (each * tables + 5 * hessian) + 2**23)
+
+
+# The test that holds each loss to its bound.
+BOUNDED_BY = each(
+    {
+        "decoupling": test_decoupling,
+        "moments": test_moments,
+        "mmd": test_mmd,
+        "sinkhorn": test_sinkhorn,
+        "prototypes": test_prototypes_along_the_axes,
+    },
+    LOSSES,
+)
 
 
 @pytest.mark.parametrize("method", ["sinkhorn", "newton"])

@@ -10,42 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from multialign import (
-    CosineDecouplingLoss,
-    GaussianMomentLoss,
-    MMDLoss,
-    MultiMarginalSinkhornLoss,
-    PrototypeAlignmentLoss,
-)
+from tests.losses import LOSSES, VARIANTS, each, loss_of
 
 ROOT = Path(__file__).parents[1]
 
-
-class Decoupling(CosineDecouplingLoss):
-    """Decoupling of what two maps make of each modality."""
-
-    def forward(self, features):
-        return super().forward(features, [f.roll(1, -1) for f in features])
-
-
-def make_losses():
-    return {
-        "decoupling": Decoupling(),
-        "moments": GaussianMomentLoss(),
-        "mmd": MMDLoss(),
-        "mmd median": MMDLoss(bandwidth="median"),
-        "mmd unbiased": MMDLoss(bandwidth=[0.5, 2.0], estimator="unbiased"),
-        "mmd random features": MMDLoss(estimator="random_features", num_features=64),
-        "sinkhorn": MultiMarginalSinkhornLoss(),
-        "sinkhorn biased chain": MultiMarginalSinkhornLoss(
-            epsilon=0.5, debias=False, graph="chain"
-        ),
-        "prototypes": PrototypeAlignmentLoss(3),
-        "prototypes plan": PrototypeAlignmentLoss(
-            3, covariance_type="full", matching="plan", objective="regularized"
-        ),
-        "prototypes momentum": PrototypeAlignmentLoss(3, momentum=0.9),
-    }
+# Sweeps alone get an epsilon at which they are fast.
+TRAINED = {
+    name: loss.given(epsilon=0.5) if loss.options.get("method") == "sinkhorn" else loss
+    for name, loss in VARIANTS.items()
+}
 
 
 class Model(nn.Module):
@@ -95,12 +68,12 @@ def train(loss, batches, scaler, clip=None):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", make_losses())
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_batch_that_is_not_finite_is_skipped(name, junk, clip):
     """One bad entry in one modality: a non-finite gradient, which GradScaler steps over."""
     batches = make_batches(6)
     batches[2][1][3, 2] = junk
-    model, history = train(make_losses()[name], batches, _scaler(), clip)
+    model, history = train(TRAINED[name].make(), batches, _scaler(), clip)
     values, scales, changed = zip(*history)
     assert changed == (True, True, False, True, True, True)
     assert not torch.tensor(values[2]).isfinite()
@@ -108,18 +81,18 @@ def test_a_batch_that_is_not_finite_is_skipped(name, junk, clip):
     # Halved once, by the bad batch, and by no other.
     assert scales == (2.0**10,) * 2 + (2.0**9,) * 4
     assert all(p.isfinite().all() for p in model.state_dict().values())
-    if "random" in name or "prototypes" in name:
+    if "random" in name or TRAINED[name].seeds:
         return  # the skipped batch has drawn numbers too
     # Training goes on as if the batch had not been there, in the same scale.
-    alone, _ = train(make_losses()[name], batches[:2] + batches[3:], _scaler(), clip)
+    alone, _ = train(TRAINED[name].make(), batches[:2] + batches[3:], _scaler(), clip)
     for one, two in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_clipping_can_refuse_a_batch_that_is_not_finite():
     """Without a scaler: what `error_if_nonfinite` raises comes before the step."""
-    for name, loss in make_losses().items():
-        model = Model(loss)
+    for name, loss in TRAINED.items():
+        model = Model(loss.make())
         (batch,) = make_batches(1)
         batch[0][0, 0] = torch.nan
         model(batch).backward()
@@ -135,7 +108,9 @@ def _scaler():
 # --- the same seed, the same result -------------------------------------------------------------
 
 # Sizes at which torch divides the work between threads, and the loss between its own blocks.
-SIZES = {"decoupling": 20_000, "moments": 20_000, "mmd": 700, "sinkhorn": 60}
+SIZES = each(
+    {"decoupling": 20_000, "moments": 20_000, "mmd": 700, "sinkhorn": 60, "prototypes": 200}, LOSSES
+)
 BOUNDS = {torch.float32: 2e-4, torch.float64: 1e-10}
 """How far value and gradient may be apart with another number of threads, relative to their norm.
 
@@ -147,11 +122,11 @@ def digest(threads):
     torch.set_num_threads(threads)
     found = {}
     for dtype in BOUNDS:
-        for name, loss in make_losses().items():
+        for name, loss in TRAINED.items():
             torch.manual_seed(0)
-            size = SIZES.get(name, 200)
+            size = SIZES[loss_of(name)]
             leaves = [(torch.randn(size, 24, dtype=dtype) + m).requires_grad_() for m in range(3)]
-            value = loss(leaves)
+            value = loss.make()(leaves)
             grads = torch.autograd.grad(value, leaves)
             parts = [value.detach().flatten(), *(g.flatten() for g in grads)]
             found[f"{name}, {dtype}"] = torch.cat(parts).double()
@@ -168,6 +143,7 @@ def runs(tmp_path_factory):
             path = folder / f"{threads}_{attempt}.pt"
             command = [sys.executable, "-W", "ignore", "-m", "tests.test_training", str(threads)]
             environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+            environment["OMP_WAIT_POLICY"] = "passive"  # other tests run on these cores too
             done = subprocess.run(
                 [*command, path], cwd=ROOT, env=environment, capture_output=True, text=True
             )
@@ -180,7 +156,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_bits(runs, threads):
     one, two = runs[threads, 0], runs[threads, 1]
-    assert len(one) == len(two) == 2 * len(make_losses())
+    assert len(one) == len(two) == 2 * len(TRAINED)
     for name in one:
         assert torch.equal(one[name], two[name]), name
 
@@ -193,15 +169,16 @@ def test_threads_change_no_more_than_rounding(runs):
         assert (one[1:] - two[1:]).norm() <= bound * one[1:].norm(), name
 
 
-def test_the_same_generator_gives_the_same_bits_whatever_was_drawn_before():
+@pytest.mark.parametrize("name", [name for name in TRAINED if TRAINED[name].takes("generator")])
+def test_the_same_generator_gives_the_same_bits_whatever_was_drawn_before(name):
     features = [torch.randn(20, 3) + m for m in range(3)]
-    for make in (
-        lambda g: MMDLoss(estimator="random_features", generator=g),
-        lambda g: PrototypeAlignmentLoss(3, generator=g),
-    ):
-        first = make(torch.Generator().manual_seed(7))(features)
-        torch.rand(5)
-        assert torch.equal(make(torch.Generator().manual_seed(7))(features), first)
+
+    def value():
+        return TRAINED[name].make(generator=torch.Generator().manual_seed(7))(features)
+
+    first = value()
+    torch.rand(5)
+    assert torch.equal(value(), first)
 
 
 if __name__ == "__main__":
