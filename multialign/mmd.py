@@ -10,16 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multialign._distributed import ProcessGroup, broadcast, gatherer
+from multialign._distributed import ProcessGroup, Ranks
+from multialign._samples import Samples, make_samples
 from multialign._validation import (
-    Samples,
     check_choice,
     check_count,
     check_entries,
     check_positive,
     check_samples,
     full_precision,
-    reference_row,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import gaussian_form
@@ -104,24 +103,25 @@ def mmd_loss(
         tensor(0.8415)
     """
     _check_options(bandwidth, estimator, num_features)
-    samples = check_samples(features, weights, gather=gatherer(process_group))
+    ranks = Ranks(process_group)
+    tensors, checked = ranks.gather(*check_samples(features, weights))
     if estimator == "unbiased":
-        for m, x in enumerate(samples.features):
+        for m, x in enumerate(tensors):
             if x.shape[-2] < 2:
                 raise ValueError(
                     f'estimator="unbiased" needs at least 2 samples of each modality; '
                     f"features[{m}] has N = {x.shape[-2]}"
                 )
 
-    with full_precision(samples.features[0]):
-        samples = _gather_absent(samples)
+    with full_precision(tensors[0]):
+        samples = make_samples(tensors, checked)
         samples, sigmas = _in_units(samples, _bandwidths(bandwidth, samples))
         if estimator == "random_features":
             first = samples.features[0]
             frequencies = torch.randn(
                 first.shape[-1], num_features, generator=generator, device=first.device
             ).to(first.dtype)
-            frequencies = broadcast(frequencies, process_group)
+            (frequencies,) = ranks.broadcast([frequencies])
             loss = _random_feature_discrepancies(samples, sigmas, frequencies)
         else:
             loss = _kernel_discrepancies(samples, sigmas, unbiased=estimator == "unbiased")
@@ -199,22 +199,6 @@ class MMDLoss(nn.Module):
         return text
 
 
-def _gather_absent(samples: Samples) -> Samples:
-    """Move absent rows to where one of the others is.
-
-    Elsewhere they would pull the origin that distances are measured from away from the data, which
-    then lose their digits to the offset.
-    """
-    if not samples.weighted:
-        return samples
-    row = reference_row(torch.cat(samples.features, -2), torch.cat(samples.masses, -1))
-    features = [
-        torch.where(mass.unsqueeze(-1) == 0, row, x)
-        for x, mass in zip(samples.features, samples.masses, strict=True)
-    ]
-    return samples._replace(features=features)
-
-
 def _in_units(samples: Samples, sigmas: list[Tensor]) -> tuple[Samples, list[Tensor]]:
     """Return features and bandwidths in units of the first bandwidth, but for a factor below 2.
 
@@ -282,7 +266,7 @@ def _form(
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
     kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
     if distinct:
-        # Subtracted, not blanked: there alone an infinite sample shows.
+        # Subtract, so that an infinite sample still gives NaN.
         kernel = kernel - torch.diag_embed(kernel.diagonal(dim1=-2, dim2=-1))
     return (p.double() * (kernel @ q.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
