@@ -25,7 +25,7 @@ __all__ = ["GaussianMomentLoss", "gaussian_moment_loss"]
 Moment = Literal["mean", "covariance", "skewness"]
 FeatureReduction = Literal["sum", "mean"]
 
-# Rows are taken in blocks of about so many entries.
+# Entries of a block of rows.
 _BLOCK_ENTRIES = 2**18
 
 MOMENTS: tuple[Moment, ...] = ("mean", "covariance", "skewness")

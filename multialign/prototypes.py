@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -85,8 +85,8 @@ class _SolverOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LossOptions:
-    """Options of Eq. 9 itself, checked when made."""
+class _Options:
+    """Options of Eq. 9, checked when made. Their defaults stand in the signatures."""
 
     epsilon: float
     objective: Objective
@@ -94,6 +94,8 @@ class _LossOptions:
     cost_reduction: CostReduction
     transport_weight: float
     prototype_weight: float
+    fit: FitOptions
+    solver: _SolverOptions
 
     def __post_init__(self) -> None:
         check_positive("epsilon", self.epsilon)
@@ -102,14 +104,6 @@ class _LossOptions:
         check_choice("cost_reduction", self.cost_reduction, ("sum", "mean"))
         check_positive("transport_weight", self.transport_weight, zero=True)
         check_positive("prototype_weight", self.prototype_weight, zero=True)
-
-
-class _Options(NamedTuple):
-    """All options but `num_prototypes` and `momentum`. Their defaults stand in the signatures."""
-
-    fit: FitOptions
-    solver: _SolverOptions
-    loss: _LossOptions
 
 
 def prototype_alignment_loss(
@@ -204,8 +198,7 @@ def prototype_alignment_loss(
         tensor(1.)
     """
     options = _sort_options(locals())
-    samples = _samples(features, weights, options)
-    counts = _counts(num_prototypes, len(samples.features), options.loss.matching)
+    samples, counts = _check(features, weights, num_prototypes, options)
     with full_precision(samples.features[0]):
         return _loss(_fit(samples, counts, options), options)
 
@@ -285,7 +278,7 @@ class PrototypeAlignmentLoss(nn.Module):
             check_count("num_prototypes", count)
         self.num_prototypes = num_prototypes
         self.momentum = momentum
-        # One for each modality; how many there are is known from the first call on.
+        # One for each modality; the first call says how many there are.
         self.prototypes = nn.ModuleList()
 
     def forward(
@@ -294,9 +287,9 @@ class PrototypeAlignmentLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Return the loss of M feature sets."""
-        samples, models = self._check(features, weights)
+        samples, counts = _check(features, weights, self.num_prototypes, self.options)
         with full_precision(samples.features[0]):
-            return _loss(self._fit(samples, models), self.options)
+            return _loss(self._fit(samples, counts), self.options)
 
     def solve(
         self,
@@ -304,28 +297,18 @@ class PrototypeAlignmentLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> PrototypeAlignment:
         """Return the loss of M feature sets with all its parts."""
-        samples, models = self._check(features, weights)
+        samples, counts = _check(features, weights, self.num_prototypes, self.options)
         with full_precision(samples.features[0]):
-            fit = self._fit(samples, models)
+            fit = self._fit(samples, counts)
             solution = _solve(fit, self.options)
-            transport_loss = _transport_loss(solution, self.options)
-            prototype_loss = _prototype_loss(fit, solution, self.options)
-            a, b = self.options.loss.transport_weight, self.options.loss.prototype_weight
-            return PrototypeAlignment(
-                loss=a * transport_loss + b * prototype_loss,
-                transport_loss=transport_loss,
-                prototype_loss=prototype_loss,
-                mixtures=fit.mixtures,
-                solution=solution,
-            )
+            transport = _transport_loss(solution, self.options)
+            prototype = _prototype_loss(fit, solution, self.options)
+            a, b = self.options.transport_weight, self.options.prototype_weight
+            loss = a * transport + b * prototype
+            return PrototypeAlignment(loss, transport, prototype, fit.mixtures, solution)
 
-    def _check(self, features: object, weights: object) -> tuple[Samples, list[GaussianPrototypes]]:
-        samples = _samples(features, weights, self.options)
-        counts = _counts(self.num_prototypes, len(samples.features), self.options.loss.matching)
-        return samples, self._models(counts)
-
-    def _fit(self, samples: Samples, models: Sequence[GaussianPrototypes]) -> _Fit:
-        counts = [model.num_prototypes for model in models]
+    def _fit(self, samples: Samples, counts: Sequence[int]) -> _Fit:
+        models = self._models(counts)
         if self.momentum is None:
             return _fit(samples, counts, self.options)
         modalities = Modalities(samples, counts, self.options.fit)
@@ -334,11 +317,11 @@ class PrototypeAlignmentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
-        loss = self.options.loss
+        options = self.options
         return (
-            f"{self.num_prototypes}, epsilon={loss.epsilon}, momentum={self.momentum}, "
-            f"covariance_type={self.options.fit.covariance_type!r}, objective={loss.objective!r}, "
-            f"matching={loss.matching!r}, cost_reduction={loss.cost_reduction!r}"
+            f"{self.num_prototypes}, epsilon={options.epsilon}, momentum={self.momentum}, "
+            f"covariance_type={options.fit.covariance_type!r}, objective={options.objective!r}, "
+            f"matching={options.matching!r}, cost_reduction={options.cost_reduction!r}"
         )
 
     def _models(self, counts: Sequence[int]) -> list[GaussianPrototypes]:
@@ -370,22 +353,26 @@ class PrototypeAlignmentLoss(nn.Module):
             if key.startswith(f"{prefix}prototypes.")
         }
         if len(self.prototypes) == 0 and saved:
-            self._models(_counts(self.num_prototypes, len(saved), self.options.loss.matching))
+            self._models(_counts(self.num_prototypes, len(saved), self.options.matching))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _sort_options(arguments: Mapping[str, Any]) -> _Options:
     """Sort the arguments of the loss, by the names of the fields, into its records of options."""
 
-    def pick(kind: type[_Record]) -> _Record:
+    def pick(kind: type[_Record], **records: object) -> _Record:
         names = vars(kind)["__dataclass_fields__"]
-        return kind(**{name: arguments[name] for name in names if name in arguments})
+        return kind(**{name: arguments[name] for name in names if name in arguments}, **records)
 
-    return _Options(pick(FitOptions), pick(_SolverOptions), pick(_LossOptions))
+    return pick(_Options, fit=pick(FitOptions), solver=pick(_SolverOptions))
 
 
-def _samples(features: object, weights: object, options: _Options) -> Samples:
-    return make_samples(*check_samples(features, weights), options.fit.ranks)
+def _check(
+    features: object, weights: object, num_prototypes: object, options: _Options
+) -> tuple[Samples, list[int]]:
+    """Return the samples, and K of each modality."""
+    samples = make_samples(*check_samples(features, weights), options.fit.ranks)
+    return samples, _counts(num_prototypes, len(samples.features), options.matching)
 
 
 class _Fit(NamedTuple):
@@ -404,8 +391,8 @@ def _fit(samples: Samples, counts: Sequence[int], options: _Options) -> _Fit:
 
 def _loss(fit: _Fit, options: _Options) -> Tensor:
     """Return Eq. 9; a term of weight 0 is not computed."""
-    a, b = options.loss.transport_weight, options.loss.prototype_weight
-    by_plan = options.loss.matching == "plan" and b > 0
+    a, b = options.transport_weight, options.prototype_weight
+    by_plan = options.matching == "plan" and b > 0
     solution = _solve(fit, options) if a > 0 or by_plan else None
     terms = []
     if solution is not None and a > 0:
@@ -417,53 +404,42 @@ def _loss(fit: _Fit, options: _Options) -> Tensor:
 
 def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     """Return the transport between the components."""
-    mixtures = fit.mixtures
-    pairs = list(combinations(range(len(mixtures)), 2))
-    costs: dict[tuple[int, int], Tensor] = {}
-    for group in _alike(pairs, mixtures):
-        if _same_number(mixtures):
-            tables = pairwise_bures_cost(*_gaussians(mixtures), pairs)
-        else:
-            i, j = (_gaussians([mixtures[m]]) for m in group[0])
-            tables = bures_wasserstein_cost(*i, *j)
-        if options.loss.cost_reduction == "mean":
-            tables = tables / fit.samples.features[0].shape[-1]
-        costs |= zip(group, tables.unbind(0), strict=True)
-    marginals = [mixture.weights for mixture in mixtures]
+    pairs = list(combinations(range(len(fit.mixtures)), 2))
+    costs = dict(zip(pairs, _costs(fit, pairs, options), strict=True))
+    marginals = [mixture.weights for mixture in fit.mixtures]
     if not fit.samples.complete:
         marginals = [
             weights * present.unsqueeze(-1)
             for weights, present in zip(marginals, fit.samples.present, strict=True)
         ]
-    return multi_marginal_sinkhorn(costs, marginals, options.loss.epsilon, **vars(options.solver))
+    return multi_marginal_sinkhorn(costs, marginals, options.epsilon, **vars(options.solver))
 
 
-def _gaussians(mixtures: Sequence[GaussianMixture]) -> tuple[Tensor, Tensor]:
-    """Return means and covariances of some modalities, stacked."""
-    stacked = replace(
-        mixtures[0],
-        weights=torch.stack([mixture.weights for mixture in mixtures]),
-        means=torch.stack([mixture.means for mixture in mixtures]),
-        covariances=torch.stack([mixture.covariances for mixture in mixtures]),
-    )
-    return stacked.means, stacked.component_covariances()
+def _costs(fit: _Fit, pairs: Sequence[tuple[int, int]], options: _Options) -> Sequence[Tensor]:
+    """Return the costs between the components of each pair."""
+    if len({mixture.num_components for mixture in fit.mixtures}) == 1:
+        stacked = GaussianMixture(
+            weights=torch.stack([mixture.weights for mixture in fit.mixtures]),
+            means=torch.stack([mixture.means for mixture in fit.mixtures]),
+            covariances=torch.stack([mixture.covariances for mixture in fit.mixtures]),
+            covariance_type=options.fit.covariance_type,
+        )
+        costs = pairwise_bures_cost(stacked.means, stacked.component_covariances(), pairs)
+        return _reduce(costs, fit, options).unbind(0)
+    sets = [(mixture.means, mixture.component_covariances()) for mixture in fit.mixtures]
+    tables = [bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
+    return [_reduce(table, fit, options) for table in tables]
 
 
-def _alike(
-    pairs: list[tuple[int, int]], mixtures: Sequence[GaussianMixture]
-) -> list[list[tuple[int, int]]]:
-    """Group the pairs that one call can compute: all, if all mixtures have the same K."""
-    return [pairs] if _same_number(mixtures) else [[pair] for pair in pairs]
-
-
-def _same_number(mixtures: Sequence[GaussianMixture]) -> bool:
-    """Return whether all modalities have the same K."""
-    return len({mixture.num_components for mixture in mixtures}) == 1
+def _reduce(total: Tensor, fit: _Fit, options: _Options) -> Tensor:
+    """Return a sum over the features, or their mean if `cost_reduction` is "mean"."""
+    mean = options.cost_reduction == "mean"
+    return total / fit.samples.features[0].shape[-1] if mean else total
 
 
 def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:
     """Return the first term of Eq. 9."""
-    regularized = options.loss.objective == "regularized"
+    regularized = options.objective == "regularized"
     return (solution.value if regularized else solution.transport_cost).mean()
 
 
@@ -475,13 +451,15 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
     """
     samples, mixtures = fit.samples, fit.mixtures
     pairs = list(permutations(range(len(mixtures)), 2))
+    # One call computes all pairs of mixtures that have the same K.
+    alike = len({mixture.num_components for mixture in mixtures}) == 1
     terms = []
-    for group in _alike(pairs, mixtures):
+    for group in [pairs] if alike else [[pair] for pair in pairs]:
         weights, means, scatters = (
             torch.stack([fit.moments[i][field] for i, _ in group]) for field in range(3)
         )
         targets = torch.stack([mixtures[j].means for _, j in group]).double()
-        if options.loss.matching == "plan" and solution is not None:
+        if options.matching == "plan" and solution is not None:
             plans = [solution.pairwise_marginal(i, j) for i, j in group]
             targets = _barycentres(torch.stack(plans).double(), targets)
         distances = (means - targets).square().sum(-1)
@@ -491,9 +469,7 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
             term = torch.stack(both) * term
         terms.append(term.sum(0))
     total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
-    if options.loss.cost_reduction == "mean":
-        total = total / samples.features[0].shape[-1]
-    return total.to(samples.features[0].dtype)
+    return _reduce(total, fit, options).to(samples.features[0].dtype)
 
 
 def _barycentres(plan: Tensor, means: Tensor) -> Tensor:

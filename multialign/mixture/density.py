@@ -28,7 +28,7 @@ def log_density(x: Tensor, state: Parameters, covariance_type: CovarianceType) -
         covariance_type = "diag"
     if covariance_type == "spherical":
         deviation = covariances.sqrt().unsqueeze(-2)
-        # Divided twice: the square of a variance may leave the range in the gradient.
+        # Divide twice: the square of a variance may leave the range in the gradient.
         distance = squared_euclidean_cost(x, means) / deviation / deviation
         log_det = 2 * dim * deviation.log()
     elif covariance_type == "diag":

@@ -1,20 +1,20 @@
-"""Expectation-maximisation for Gaussians along the axes, by moments, its derivative written out.
+"""Expectation-maximisation for axis-aligned Gaussians by moments, with its own derivative.
 
 The log-density of component k is linear in the features z(x) = (-x^2 / 2, x) of a sample,
 
     log pi_k + log N(x; mu_k, diag v_k) = c_k + a_k . z(x) + constant,
     a_k = (1 / v_k, mu_k / v_k),   c_k = log pi_k - sum_d (log v_kd + mu_kd^2 / v_kd) / 2,
 
-and all that the M-step needs are the moments of each component, which are the means of z(x) under
-its posterior. So a step is two products of matrices, and nothing of N K D entries is made.
+and the M-step needs only the mean of z(x) under the posterior of each component, its moments. So a
+step is two matrix products, without a table of N K D entries.
 
 The variance E x^2 - mu^2 is a small difference where a component is narrow and far from the origin.
-Hence float64, samples in units of their own spread, measured from one of themselves, and a floor of
-at least `SMALLEST_FLOOR`. Since pi_k mu_k^2 is at most about D, the sum of the variances, rounding
-changes a variance by a part of about eps D / (pi_k floor) at worst.
+Hence float64, samples in units of their spread, measured from one of themselves, and a floor of at
+least `SMALLEST_FLOOR`. Since pi_k mu_k^2 is at most about D, the sum of the variances, the relative
+rounding error of a variance is at most about eps D / (pi_k floor).
 
-The derivative of all steps is one pass back over the weights and moments that the steps went
-through, which are all that is kept: the posteriors are computed again.
+The derivative is one pass back over the weights and moments of all steps. Nothing else is saved:
+the posteriors are computed again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["SMALLEST_FLOOR", "axis_aligned_em", "em_by_moments"]
 SMALLEST_FLOOR = 1e-7
 # Mass that each component has at its own moments, so that one without samples keeps them.
 _INERTIA = 1e-30
-# How many posteriors are computed again at once, going back.
+# How many posteriors the pass back computes at once.
 _BLOCK_ENTRIES = 2**20
 
 
@@ -267,8 +267,7 @@ class _Derivative(torch.autograd.Function):
         )
 
 
-# From here on weights are (B, K, 1), mass is (B, 1, N), and all that is one number for each problem
-# is (B, 1, 1).
+# From here on weights are (B, K, 1), mass is (B, 1, N), and a number per problem is (B, 1, 1).
 
 
 def _forward(
@@ -435,7 +434,7 @@ def _parameters(moments: Tensor, floor: Tensor, spherical: bool) -> tuple[Tensor
     variances = torch.addcmul(torch.add(floor, squares, alpha=-2), means, means, value=-1)
     if spherical:
         variances = variances.mean(-1, keepdim=True).expand_as(variances)
-    # Rounding may leave it below; the derivative there is as good as above.
+    # Rounding may take a variance below the floor.
     return torch.maximum(variances, floor), means
 
 

@@ -21,7 +21,7 @@ __all__ = ["GaussianPrototypes", "check_momentum", "running_mixtures"]
 
 
 class GaussianPrototypes(nn.Module):
-    r"""Gaussian mixture of whatever it is called with, remembered between calls if so wished.
+    r"""Gaussian mixture of the samples it is called with, remembered between calls on request.
 
     Without `momentum` each call fits a new mixture. With it, the module keeps a running mixture in
     its buffers: a call in training mode starts EM there, merges the result into it,
@@ -134,9 +134,9 @@ class GaussianPrototypes(nn.Module):
         if running is not None:
             mixture = _merge(running, mixture, self.momentum, present)
         elif present is not None and not bool(present.all()):
-            return mixture  # of no samples: nothing to start a later fit from
+            return mixture  # a mixture of no samples is no start for a later fit
         kept = Parameters(*(part.detach().clone() for part in parameters_of(mixture)))
-        # As a loss scaler skips the step of a batch that is not finite, so is its mixture skipped.
+        # A loss scaler skips the step of a batch that is not finite; here its mixture is skipped.
         batch_dims = mixture.weights.ndim - 1
         finite = torch.stack([x.isfinite().flatten(batch_dims).all(-1) for x in kept]).all(0)
         if running is not None:

@@ -159,7 +159,7 @@ def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | 
         distance = (x - x.gather(-2, row.unsqueeze(-1).expand(*batch, 1, dim))).square().sum(-1)
         chance = mass * distance if chance is mass else torch.minimum(chance, mass * distance)
         cumulative = chance.cumsum(-1)
-        # Where there are fewer distinct samples than components, any of them.
+        # With fewer distinct samples than components, draw any of them.
         cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
     return torch.cat(chosen, -1)
 
