@@ -101,7 +101,8 @@ def _draw_together(
 
     Modalities of equal size are paired: the same rows seed all of them.
     """
-    if len(features) == 1 or len({x.shape[-2] for x in features}) > 1:
+    sizes = {x.shape[-2] for x in features}
+    if len(features) == 1 or len(sizes) > 1 or sizes == {0}:
         return [
             _draw(x, mass, count, options)
             for x, mass, count in zip(features, masses, counts, strict=True)
