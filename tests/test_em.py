@@ -4,7 +4,27 @@ import torch
 from torch.autograd import gradcheck
 
 from multialign import GaussianMixture, fit_gaussian_mixture
-from multialign.mixture.em_moments import SMALLEST_FLOOR, axis_aligned_em
+from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
+from multialign.mixture.options import FitOptions
+from multialign.mixture.parameters import Parameters
+from multialign.mixture.units import Standardised
+
+
+def axis_aligned_em(x, mass, weights, means, variances, floor, *, spherical=False, **settings):
+    options = FitOptions(
+        covariance_type="spherical" if spherical else "diag",
+        em_iterations=1,
+        regularization=1e-2,
+        differentiate="unroll",
+        generator=None,
+        process_group=None,
+    )
+    data = Standardised(x, mass, None, None, None, floor)
+    start = Parameters(weights, means, variances[..., 0] if spherical else variances)
+    mixture, moments, steps = em_by_moments(data, start, options, **settings)
+    if spherical:
+        mixture = mixture._replace(covariances=mixture.covariances.unsqueeze(-1).expand_as(means))
+    return tuple(mixture), tuple(moments), steps
 
 
 def problem(batch=3, n=9, k=3, dim=2, spherical=False):

@@ -1,8 +1,7 @@
 """Gaussian mixtures fitted by expectation-maximisation, batched and differentiable."""
 
 from multialign.mixture.distribution import GaussianMixture
-from multialign.mixture.fit import fit_gaussian_mixture
-from multialign.mixture.modalities import Modalities
+from multialign.mixture.fit import Modalities, fit_gaussian_mixture
 from multialign.mixture.options import Differentiate, FitOptions
 from multialign.mixture.parameters import CovarianceType
 from multialign.mixture.running import GaussianPrototypes, check_momentum, running_mixtures

@@ -26,12 +26,7 @@ from multialign.ops import logsumexp
 
 __all__ = ["GaussianMixture", "as_mixture", "parameters_of"]
 
-_COVARIANCE_SHAPES = {
-    "diag": "(*batch, K, D)",
-    "full": "(*batch, K, D, D)",
-    "tied": "(*batch, D, D)",
-    "spherical": "(*batch, K)",
-}
+_COVARIANCE_DIMENSIONS = {"diag": "KD", "full": "KDD", "tied": "DD", "spherical": "K"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +72,15 @@ class GaussianMixture:
         check_choice("covariance_type", self.covariance_type, COVARIANCE_TYPES)
         means = check_tensor("means", self.means, "(*batch, K, D)", 2)
         check_tensor("weights", self.weights, "(*batch, K)", 1)
-        check_tensor("covariances", self.covariances, _COVARIANCE_SHAPES[self.covariance_type], 1)
+        dimensions = _COVARIANCE_DIMENSIONS[self.covariance_type]
+        check_tensor("covariances", self.covariances, f"(*batch, {', '.join(dimensions)})", 1)
         check_alike(
             "weights, means and covariances",
             [self.weights, means, self.covariances],
             ["weights", "means", "covariances"],
         )
         *batch, count, dim = means.shape
-        expected = {
-            "diag": (*batch, count, dim),
-            "full": (*batch, count, dim, dim),
-            "tied": (*batch, dim, dim),
-            "spherical": (*batch, count),
-        }[self.covariance_type]
+        expected = (*batch, *(count if letter == "K" else dim for letter in dimensions))
         if self.weights.shape != (*batch, count):
             raise ValueError(
                 f"weights must have shape {(*batch, count)} for means of shape "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +18,8 @@ from multialign.mixture.units import Standardised
 
 __all__ = ["fit_standard", "fit_with_posterior", "posterior_moments"]
 
-_State = TypeVar("_State")
-
 # Of a component of a given mixture, relative to the data; rounding leaves no smaller variance.
 _SMALLEST_VARIANCE = 1e-10
-
-
-class _EM(Protocol[_State]):
-    """What the loop needs of EM; see :class:`PlainEM`."""
-
-    def begin(self) -> tuple[_State, Tensor]: ...
-
-    def step(self, state: _State) -> tuple[_State, Tensor]: ...
-
-    def mixture(self, state: _State) -> Parameters: ...
-
-    def end(self, state: _State) -> tuple[Parameters, Tensor]: ...
 
 
 def fit_standard(data: Standardised, start: Parameters, options: FitOptions) -> Parameters:
@@ -66,16 +52,8 @@ def fit_with_posterior(
     Differentiated through all iterations, the moments are the sums of one more step.
     """
     if options.differentiate == "unroll" and _by_moments(options):
-        fitted, moments, _ = em_by_moments(
-            data,
-            start,
-            data.floor,
-            options.covariance_type,
-            iterations=options.em_iterations,
-            posterior=True,
-            group=options.process_group,
-        )
-        return fitted, moments
+        iterations = options.em_iterations
+        return em_by_moments(data, start, options, iterations=iterations, posterior=True)[:2]
     if options.differentiate == "unroll":
         em = _choose(data, start, options)
         fitted, joint = em.end(_loop(em, data, options, options.em_iterations, 0.0)[0])
@@ -90,16 +68,8 @@ def posterior_moments(
 ) -> PosteriorMoments:
     """Return the posterior moments of samples under a mixture, both standardised."""
     if _by_moments(options):
-        _, moments, _ = em_by_moments(
-            data,
-            mixture,
-            torch.full_like(data.floor, _SMALLEST_VARIANCE),
-            options.covariance_type,
-            iterations=0,
-            posterior=True,
-            group=options.process_group,
-        )
-        return moments
+        data = data._replace(floor=torch.full_like(data.floor, _SMALLEST_VARIANCE))
+        return em_by_moments(data, mixture, options, iterations=0, posterior=True)[1]
     log_densities = log_joint(data.x, mixture, options.covariance_type)
     return _moments(data, joint_masses(data, log_densities), options)
 
@@ -110,7 +80,7 @@ def _by_moments(options: FitOptions) -> bool:
     return axis_aligned and options.regularization >= SMALLEST_FLOOR
 
 
-def _choose(data: Standardised, start: Parameters, options: FitOptions) -> _EM[Any]:
+def _choose(data: Standardised, start: Parameters, options: FitOptions) -> PlainEM | SubspaceEM:
     """Return the faster EM by differences."""
     rows, dim = data.x.shape[-2:]
     if options.covariance_type == "full" and rows < dim and options.process_group is None:
@@ -127,13 +97,7 @@ def _iterate(
     """
     if _by_moments(options):
         fitted, _, steps = em_by_moments(
-            data,
-            start,
-            data.floor,
-            options.covariance_type,
-            iterations=iterations,
-            tolerance=tolerance,
-            group=options.process_group,
+            data, start, options, iterations=iterations, tolerance=tolerance
         )
         if tolerance == 0:
             return fitted, iterations, steps < 0
@@ -147,9 +111,14 @@ def _iterate(
 
 
 def _loop(
-    em: _EM[_State], data: Standardised, options: FitOptions, iterations: int, tolerance: float
-) -> tuple[_State, int, Tensor]:
+    em: PlainEM | SubspaceEM,
+    data: Standardised,
+    options: FitOptions,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Any, int, Tensor]:
     """Return the E-step before the last M-step; for the rest see `_iterate`."""
+    state: Any
     state, log_densities = em.begin()
     done = torch.zeros_like(data.x[..., 0, 0], dtype=torch.bool)
     previous: Tensor | None = None

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from multialign._distributed import ProcessGroup, Ranks
-from multialign.mixture.parameters import CovarianceType, Parameters, PosteriorMoments
+from multialign.mixture.options import FitOptions
+from multialign.mixture.parameters import Parameters, PosteriorMoments
 from multialign.mixture.units import Standardised
 
-__all__ = ["SMALLEST_FLOOR", "axis_aligned_em", "em_by_moments"]
+__all__ = ["SMALLEST_FLOOR", "em_by_moments"]
 
 SMALLEST_FLOOR = 1e-7
 # Mass that each component has at its own moments, so that one without samples keeps them.
@@ -40,92 +41,42 @@ _BLOCK_ENTRIES = 2**20
 def em_by_moments(
     data: Standardised,
     start: Parameters,
-    floor: Tensor,
-    covariance_type: CovarianceType,
+    options: FitOptions,
     *,
     iterations: int,
     tolerance: float = 0.0,
     posterior: bool = False,
-    group: ProcessGroup | None = None,
 ) -> tuple[Parameters, PosteriorMoments, Tensor]:
-    """Return what :func:`axis_aligned_em` does, for problems of any batch shape."""
-    weights, means, covariances = start
-    spherical = covariance_type == "spherical"
-    if spherical:
-        covariances = covariances.unsqueeze(-1).expand_as(means)
-    batch = means.shape[:-2]
-    flat = len(batch) != 1
-    problem = [data.x, data.mass, weights, means, covariances, floor]
-    if flat:
-        problem = [part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in problem]
-    fitted, moments, steps = axis_aligned_em(
-        *problem,
-        iterations=iterations,
-        tolerance=tolerance,
-        spherical=spherical,
-        posterior=posterior,
-        group=group,
-    )
-    parts = [*fitted, *moments, steps]
-    if flat:
-        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
-    weights, means, covariances = parts[:3]
-    if spherical:
-        covariances = covariances[..., 0]
-    return Parameters(weights, means, covariances), PosteriorMoments(*parts[3:6]), parts[6]
+    """Return the mixture after EM, its posterior moments, and the steps of each problem.
 
-
-def axis_aligned_em(
-    x: Tensor,
-    mass: Tensor,
-    weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    floor: Tensor,
-    *,
-    iterations: int,
-    tolerance: float = 0.0,
-    spherical: bool = False,
-    posterior: bool = False,
-    group: ProcessGroup | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Return a mixture after EM, its posterior moments, and the steps of each problem.
-
-    First derivatives only. All tensors are float64.
+    First derivatives only.
 
     Args:
-        x: `(B, N, D)`, of about unit variance, near the origin.
-        mass: `(B, N)`, which sum to 1, or to 0 for a problem without samples, which stays as it is.
-        weights: `(B, K)`, of the mixture to start from.
-        means: `(B, K, D)`.
-        variances: `(B, K, D)`; with `spherical` equal along the last dimension.
-        floor: `(B, 1, 1)`, added to the variances.
+        data: Of any batch shape. A problem without samples stays as it is.
+        start: The mixture to start from, the same on all ranks; "diag" or "spherical".
+        options: Of the fit.
         iterations: Steps to take.
         tolerance: A problem stops once its mean log-likelihood changes by less; 0 does not look.
-        spherical: Whether the variances are averaged over the features.
-        posterior: Whether to compute the posterior moments (with tolerance 0).
-        group: Ranks that share the samples, all of which start at the same mixture.
-
-    Returns:
-        Weights, means and variances, shaped as given. Then, of the samples weighted by their
-        posteriors under that mixture, each component's mass `(B, K)`, mean `(B, K, D)` and mass
-        times mean squared distance from the mean `(B, K)`; meaningless without `posterior`. Then
-        the steps, `(B)`.
+        posterior: Whether to compute the posterior moments (with tolerance 0); without, those
+            returned are meaningless.
     """
-    results = _EM.apply(
-        x,
-        mass,
-        weights,
-        means,
-        variances,
-        floor,
-        iterations,
-        tolerance,
-        spherical,
-        posterior,
-        group,
-    )
-    return results[:3], results[3:6], results[6]
+    weights, means, variances = start
+    spherical = options.covariance_type == "spherical"
+    if spherical:
+        variances = variances.unsqueeze(-1).expand_as(means)
+    batch = means.shape[:-2]
+    flat = len(batch) != 1
+    problem = [data.x, data.mass, weights, means, variances, data.floor]
+    if flat:
+        problem = [part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in problem]
+    settings = iterations, tolerance, spherical, posterior, options.process_group
+    parts = _EM.apply(*problem, *settings)[:7]
+    if flat:
+        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
+    weights, means, variances = parts[:3]
+    if spherical:
+        variances = variances[..., 0]
+    return Parameters(weights, means, variances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
 class _EM(torch.autograd.Function):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from multialign._distributed import ProcessGroup
 from multialign._validation import check_count, check_positive, lift
 from multialign.mixture.distribution import GaussianMixture, as_mixture, parameters_of
-from multialign.mixture.fit import fit_one
-from multialign.mixture.modalities import Modalities
+from multialign.mixture.fit import Modalities, fit_one
 from multialign.mixture.options import Differentiate, FitOptions, Init
 from multialign.mixture.parameters import CovarianceType, Parameters, select
 
