@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multialign.costs import squared_euclidean_cost
-from multialign.mixture.density import log_joint
+from multialign.mixture.distribution import log_joint
 from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
 from multialign.mixture.em_plain import PlainEM, joint_masses
 from multialign.mixture.em_subspace import SubspaceEM

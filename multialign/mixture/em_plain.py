@@ -9,7 +9,7 @@ from torch import Tensor
 
 from multialign._distributed import Ranks
 from multialign._validation import check_entries
-from multialign.mixture.density import log_joint
+from multialign.mixture.distribution import log_joint
 from multialign.mixture.parameters import CovarianceType, Parameters, with_matrices
 from multialign.mixture.units import Standardised
 

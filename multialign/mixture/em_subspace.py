@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multialign.mixture.density import log_density, whiten
+from multialign.mixture.distribution import log_density, whiten
 from multialign.mixture.em_plain import check_deviations, joint_masses, scatter_matrices
 from multialign.mixture.parameters import Parameters, with_matrices
 from multialign.mixture.units import Standardised

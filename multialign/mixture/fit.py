@@ -73,31 +73,21 @@ class Modalities:
     def fit(self, starts: Sequence[GaussianMixture | None] | None = None) -> list[GaussianMixture]:
         """Return the mixture of each modality after EM, from `starts` where there are any."""
         with torch.set_grad_enabled(self._options.grad):
-            begin = self._begin(starts)
-            fitted = [
-                fit_standard(data, start, self._options)
-                for data, start in zip(self._data, begin, strict=True)
-            ]
-        return self._mixtures(fitted)
+            pairs = zip(self._data, self._begin(starts), strict=True)
+            return self._mixtures([fit_standard(*pair, self._options) for pair in pairs])
 
     def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
         """Return the mixtures after all iterations, and the posterior moments under them."""
         with torch.set_grad_enabled(self._options.grad):
-            begin = self._begin(None)
-        pairs = [
-            fit_with_posterior(data, start, self._options)
-            for data, start in zip(self._data, begin, strict=True)
-        ]
-        return self._mixtures(pair[0] for pair in pairs), self._moments(pair[1] for pair in pairs)
+            pairs = zip(self._data, self._begin(None), strict=True)
+        fits = [fit_with_posterior(*pair, self._options) for pair in pairs]
+        return self._mixtures(fit[0] for fit in fits), self._moments(fit[1] for fit in fits)
 
     def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
         """Return the posterior moments of the samples under given mixtures."""
-        return self._moments(
-            posterior_moments(data, mixture, self._options)
-            for data, mixture in zip(
-                self._data, self._to_standard([parameters_of(m) for m in mixtures]), strict=True
-            )
-        )
+        standard = self._to_standard([parameters_of(mixture) for mixture in mixtures])
+        pairs = zip(self._data, standard, strict=True)
+        return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
 
     def _begin(self, starts: Sequence[GaussianMixture | None] | None) -> list[Parameters]:
         """Return the standardised mixtures that EM starts from, seeds where none is given."""
@@ -134,12 +124,8 @@ class Modalities:
         ]
 
     def _from_standard(self, parameters: Iterable[Parameters]) -> list[Parameters]:
-        return self._unstack(
-            [
-                from_standard(part, data, self._dtype)
-                for part, data in zip(parameters, self._data, strict=True)
-            ]
-        )
+        pairs = zip(parameters, self._data, strict=True)
+        return self._unstack([from_standard(part, data, self._dtype) for part, data in pairs])
 
     def _mixtures(self, parameters: Iterable[Parameters]) -> list[GaussianMixture]:
         """Return the mixtures of standardised parameters, in the units of the samples."""
@@ -148,12 +134,8 @@ class Modalities:
 
     def _moments(self, moments: Iterable[PosteriorMoments]) -> list[PosteriorMoments]:
         """Return standardised moments in the units of the samples."""
-        return self._unstack(
-            [
-                moments_from_standard(part, data)
-                for part, data in zip(moments, self._data, strict=True)
-            ]
-        )
+        pairs = zip(moments, self._data, strict=True)
+        return self._unstack([moments_from_standard(part, data) for part, data in pairs])
 
     def _stack_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [stack_modalities([tensors[m] for m in stack]) for stack in self._stacks]

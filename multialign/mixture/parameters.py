@@ -13,7 +13,6 @@ __all__ = [
     "CovarianceType",
     "Parameters",
     "PosteriorMoments",
-    "component_covariances",
     "select",
     "stack_modalities",
     "unstack_modalities",
@@ -43,16 +42,6 @@ class PosteriorMoments(NamedTuple):
     """Mean, `(*batch, K, D)`."""
     scatters: Tensor
     """Mass times the mean squared distance from the mean, `(*batch, K)`."""
-
-
-def component_covariances(parameters: Parameters, covariance_type: CovarianceType) -> Tensor:
-    """Return one covariance a component: :meth:`GaussianMixture.component_covariances`."""
-    _, means, covariances = parameters
-    if covariance_type == "spherical":
-        return covariances.unsqueeze(-1).expand(means.shape)
-    if covariance_type == "tied":
-        return covariances.unsqueeze(-3).expand(*means.shape, means.shape[-1])
-    return covariances
 
 
 def with_matrices(parameters: Parameters, covariance_type: CovarianceType) -> Parameters:

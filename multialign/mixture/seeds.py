@@ -47,18 +47,11 @@ def draw_means(
     weighted: bool,
     options: FitOptions,
 ) -> list[Tensor]:
-    """Return K_m rows of each modality, drawn among the samples of all ranks on the first.
+    """Return K_m rows of each modality, `(*batch, K_m, D)`, stacked as the data are.
 
-    Args:
-        data: One modality each, or several stacked along the first dimension.
-        stacks: Which modalities these are, in order.
-        sizes: The number of rows of each modality; those after them are padding.
-        counts: K_m of each modality.
-        weighted: Whether this rank was given weights.
-        options: Of the fit.
-
-    Returns:
-        `(*batch, K, D)`, stacked as the data, with gradient on the rank that has the row.
+    The first rank draws them among the samples of all ranks; a row has gradient on its own rank.
+    `stacks` says which modalities each of `data` is, `sizes` how many of their rows are no padding,
+    and `weighted` whether this rank was given weights.
     """
     ranks = options.ranks
     pairs = list(zip(data, stacks, strict=True))
