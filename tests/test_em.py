@@ -6,8 +6,7 @@ from torch.autograd import gradcheck
 from multialign import GaussianMixture, fit_gaussian_mixture
 from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
 from multialign.mixture.options import FitOptions
-from multialign.mixture.parameters import Parameters
-from multialign.mixture.units import Standardised
+from multialign.mixture.parameters import Parameters, Standardised
 
 
 def axis_aligned_em(x, mass, weights, means, variances, floor, *, spherical=False, **settings):

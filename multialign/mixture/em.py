@@ -13,8 +13,13 @@ from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
 from multialign.mixture.em_plain import PlainEM, joint_masses
 from multialign.mixture.em_subspace import SubspaceEM
 from multialign.mixture.options import FitOptions
-from multialign.mixture.parameters import Parameters, PosteriorMoments, select, with_matrices
-from multialign.mixture.units import Standardised
+from multialign.mixture.parameters import (
+    Parameters,
+    PosteriorMoments,
+    Standardised,
+    select,
+    with_matrices,
+)
 
 __all__ = ["fit_standard", "fit_with_posterior", "posterior_moments"]
 

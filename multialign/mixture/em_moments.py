@@ -26,8 +26,7 @@ from torch import Tensor
 
 from multialign._distributed import ProcessGroup, Ranks
 from multialign.mixture.options import FitOptions
-from multialign.mixture.parameters import Parameters, PosteriorMoments
-from multialign.mixture.units import Standardised
+from multialign.mixture.parameters import Parameters, PosteriorMoments, Standardised
 
 __all__ = ["SMALLEST_FLOOR", "em_by_moments"]
 
@@ -49,16 +48,10 @@ def em_by_moments(
 ) -> tuple[Parameters, PosteriorMoments, Tensor]:
     """Return the mixture after EM, its posterior moments, and the steps of each problem.
 
-    First derivatives only.
-
-    Args:
-        data: Of any batch shape. A problem without samples stays as it is.
-        start: The mixture to start from, the same on all ranks; "diag" or "spherical".
-        options: Of the fit.
-        iterations: Steps to take.
-        tolerance: A problem stops once its mean log-likelihood changes by less; 0 does not look.
-        posterior: Whether to compute the posterior moments (with tolerance 0); without, those
-            returned are meaningless.
+    It has first derivatives only. All ranks start from the same mixture, and a problem without
+    samples stays there. A problem stops once its mean log-likelihood changes by less than the
+    `tolerance`; 0 does not look. The moments mean nothing without `posterior`, which needs
+    tolerance 0.
     """
     weights, means, variances = start
     spherical = options.covariance_type == "spherical"

@@ -10,8 +10,7 @@ from torch import Tensor
 from multialign._distributed import Ranks
 from multialign._validation import check_entries
 from multialign.mixture.distribution import log_joint
-from multialign.mixture.parameters import CovarianceType, Parameters, with_matrices
-from multialign.mixture.units import Standardised
+from multialign.mixture.parameters import CovarianceType, Parameters, Standardised, with_matrices
 
 __all__ = ["PlainEM", "check_deviations", "joint_masses", "scatter_matrices"]
 
@@ -26,14 +25,7 @@ class EStep(NamedTuple):
 
 
 class PlainEM:
-    """EM by E-steps, each but the first after the M-step of the one before.
-
-    Args:
-        data: The samples.
-        start: The mixture of the first E-step.
-        covariance_type: Of the mixture.
-        ranks: Which share the samples.
-    """
+    """EM by E-steps, the first of the mixture `start`, each other after an M-step."""
 
     def __init__(
         self, data: Standardised, start: Parameters, covariance_type: CovarianceType, ranks: Ranks

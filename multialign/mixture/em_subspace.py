@@ -15,8 +15,7 @@ from torch import Tensor
 
 from multialign.mixture.distribution import log_density, whiten
 from multialign.mixture.em_plain import check_deviations, joint_masses, scatter_matrices
-from multialign.mixture.parameters import Parameters, with_matrices
-from multialign.mixture.units import Standardised
+from multialign.mixture.parameters import Parameters, Standardised, with_matrices
 from multialign.ops import log
 
 __all__ = ["SubspaceEM"]

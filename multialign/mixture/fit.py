@@ -26,12 +26,15 @@ from multialign.mixture.parameters import (
     CovarianceType,
     Parameters,
     PosteriorMoments,
+    from_standard,
+    moments_from_standard,
     stack_modalities,
+    standardise,
+    to_standard,
     unstack_modalities,
     with_matrices,
 )
 from multialign.mixture.seeds import draw_means, start_parameters
-from multialign.mixture.units import from_standard, moments_from_standard, standardise, to_standard
 
 __all__ = ["Modalities", "fit_gaussian_mixture", "fit_one"]
 
@@ -85,16 +88,12 @@ class Modalities:
 
     def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
         """Return the posterior moments of the samples under given mixtures."""
-        standard = self._to_standard([parameters_of(mixture) for mixture in mixtures])
-        pairs = zip(self._data, standard, strict=True)
+        pairs = zip(self._data, self._to_standard(mixtures), strict=True)
         return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
 
     def _begin(self, starts: Sequence[GaussianMixture | None] | None) -> list[Parameters]:
         """Return the standardised mixtures that EM starts from, seeds where none is given."""
-        given = [
-            None if start is None else parameters_of(start)
-            for start in starts or [None] * len(self._counts)
-        ]
+        given = starts or [None] * len(self._counts)
         known = [start for start in given if start is not None]
         if len(known) == len(given):
             return self._to_standard(known)
@@ -108,29 +107,21 @@ class Modalities:
         ]
         if not known:
             return seeds
-        seeds = [with_matrices(seed, options.covariance_type) for seed in seeds]
-        return self._to_standard(
-            [
-                seed if start is None else start
-                for seed, start in zip(self._from_standard(seeds), given, strict=True)
-            ]
-        )
+        drawn = self._mixtures(with_matrices(seed, options.covariance_type) for seed in seeds)
+        pairs = zip(drawn, given, strict=True)
+        return self._to_standard([seed if start is None else start for seed, start in pairs])
 
-    def _to_standard(self, parameters: Sequence[Parameters]) -> list[Parameters]:
-        fields = [self._stack_tensors(field) for field in zip(*parameters, strict=True)]
-        return [
-            to_standard(Parameters(*part), data)
-            for *part, data in zip(*fields, self._data, strict=True)
-        ]
-
-    def _from_standard(self, parameters: Iterable[Parameters]) -> list[Parameters]:
-        pairs = zip(parameters, self._data, strict=True)
-        return self._unstack([from_standard(part, data, self._dtype) for part, data in pairs])
+    def _to_standard(self, mixtures: Sequence[GaussianMixture]) -> list[Parameters]:
+        """Return the parameters of mixtures of the samples, standardised."""
+        fields = zip(*(parameters_of(mixture) for mixture in mixtures), strict=True)
+        stacked = zip(*(self._stack_tensors(field) for field in fields), self._data, strict=True)
+        return [to_standard(Parameters(*part), data) for *part, data in stacked]
 
     def _mixtures(self, parameters: Iterable[Parameters]) -> list[GaussianMixture]:
         """Return the mixtures of standardised parameters, in the units of the samples."""
-        covariance_type = self._options.covariance_type
-        return [as_mixture(part, covariance_type) for part in self._from_standard(parameters)]
+        pairs = zip(parameters, self._data, strict=True)
+        fitted = self._unstack([from_standard(part, data, self._dtype) for part, data in pairs])
+        return [as_mixture(part, self._options.covariance_type) for part in fitted]
 
     def _moments(self, moments: Iterable[PosteriorMoments]) -> list[PosteriorMoments]:
         """Return standardised moments in the units of the samples."""

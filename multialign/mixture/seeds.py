@@ -13,10 +13,10 @@ from multialign.mixture.options import FitOptions
 from multialign.mixture.parameters import (
     CovarianceType,
     Parameters,
+    Standardised,
     stack_modalities,
     unstack_modalities,
 )
-from multialign.mixture.units import Standardised
 
 __all__ = ["draw_means", "start_parameters"]
 
