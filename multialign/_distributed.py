@@ -12,34 +12,86 @@ for another would wait for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Gather", "ProcessGroup", "Ranks", "broadcast", "gatherer"]
+__all__ = ["ALONE", "GatheredRows", "ProcessGroup", "Ranks"]
 
 # torch.distributed has no such class where it was built without support for it.
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
 
-Gather = Callable[
-    [Sequence[Tensor], Sequence[Tensor | None]], tuple[list[Tensor], list[Tensor | None]]
-]
+
+class GatheredRows(NamedTuple):
+    """The rows of all ranks on the first rank; none on the others."""
+
+    features: list[Tensor]
+    """M tensors `(*batch, N_m, D)`, constant."""
+    masses: list[Tensor]
+    """M tensors `(*batch, N_m)`, constant."""
+    weighted: bool
+    """Whether any rank was given weights."""
+    starts: list[int]
+    """Where the rows of this rank begin, in each modality."""
 
 
-def gatherer(group: ProcessGroup | None) -> Gather | None:
-    """Return what turns a rank's samples and weights into those of all ranks; None without a group.
+class Ranks:
+    """The ranks that share a loss: those of a process group, or this one alone.
 
-    For losses that need all samples in one place; memory and time grow with the ranks.
+    Without a group every method returns what it is given.
     """
-    if group is None:
-        return None
-    _check_group(group)
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        if group is not None:
+            _check_group(group)
+        self.group = group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that draws what is drawn at random."""
+        return self.group is None or dist.get_rank(self.group) == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return each tensor summed over the ranks, in one collective for all of them."""
+        if self.group is None or not tensors:
+            return list(tensors)
+        packed = _joining(torch.cat([x.flatten() for x in tensors]))
+        return _unpack(_AllReduce.apply(packed, self.group), [x.shape for x in tensors])
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the first rank, without gradient, in one collective."""
+        if self.group is None:
+            return list(tensors)
+        packed = torch.cat([x.flatten() for x in tensors])
+        dist.broadcast(packed, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return _unpack(packed, [x.shape for x in tensors])
+
+    def first_rows(self, rows: Tensor, here: Tensor) -> Tensor:
+        """Return the rows `(M, *batch, 1, D)` of the first rank that has each modality.
+
+        They are constants. `here` `(M, *batch)` says which modalities this rank has.
+        """
+        if self.group is None:
+            return rows
+        packed = torch.cat([rows, here.to(rows.dtype)[..., None, None]], -1)
+        gathered = _all_gather(packed.detach(), self.group)
+        first = (gathered[..., -1:] != 0).int().argmax(0, keepdim=True)
+        chosen: Tensor = gathered[..., :-1].gather(0, first.expand(1, *rows.shape))
+        return chosen[0]
 
     def gather(
-        features: Sequence[Tensor], weights: Sequence[Tensor | None]
+        self, features: Sequence[Tensor], weights: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the samples and weights of all ranks, with gradient.
+
+        For losses that need all samples in one place; memory and time grow with the ranks.
+        """
+        group = self.group
+        if group is None:
+            return list(features), list(weights)
+
         def collect(packed: Tensor) -> list[Tensor]:
             return list(_AllGather.apply(_joining(packed), group))
 
@@ -47,113 +99,27 @@ def gatherer(group: ProcessGroup | None) -> Gather | None:
         rows, masses = _gather_samples(features, weights, counts, collect)
         return rows, list(masses)
 
-    return gather
-
-
-def broadcast(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the tensor of the group's first rank, for what is drawn at random."""
-    if group is not None:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
-    return tensor
-
-
-class Ranks:
-    """The ranks that share a loss while samples stay where they are: a group's, or this one alone.
-
-    Without a group every method hands back what it is given.
-    """
-
-    def __init__(self, group: ProcessGroup | None) -> None:
-        if group is not None:
-            _check_group(group)
-        self.group = group
-        self._totals: list[Tensor] = []
-
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return each tensor summed over the ranks, in one collective for all of them."""
-        if self.group is None or not tensors:
-            return list(tensors)
-        packed = _joining(torch.cat([x.flatten() for x in tensors]))
-        summed = _AllReduce.apply(packed, self.group).split([x.numel() for x in tensors])
-        return [part.view(x.shape) for part, x in zip(summed, tensors, strict=True)]
-
-    def note(
-        self, features: Sequence[Tensor], weights: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Note the weight that this rank's samples have in total, before it is normalised away."""
-        if self.group is not None:
-            self._totals = [
-                x.new_full(x.shape[:-2], x.shape[-2]) if weight is None else weight.sum(-1)
-                for x, weight in zip(features, weights, strict=True)
-            ]
-        return list(features), list(weights)
-
-    def normalise(self, masses: Sequence[Tensor], present: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Turn masses `(*batch, N_m)` of sum 1 on each rank into masses of sum 1 over all.
-
-        `present` `(M, *batch)` says afterwards whether any rank has the modality.
-        """
-        if self.group is None:
-            return list(masses), present
-        local = torch.stack(self._totals)
-        (totals,) = self.sum([local])
-        some = totals != 0  # true for NaN, which must reach the result
-        shares = local / torch.where(some, totals, 1.0)
-        pooled = [mass * share.unsqueeze(-1) for mass, share in zip(masses, shares, strict=True)]
-        return pooled, some.to(present.dtype)
-
-    def first_rows(self, rows: Sequence[Tensor], present: Tensor) -> list[Tensor]:
-        """Return the rows `(*batch, 1, D)` of the first rank where each modality is present.
-
-        They are constants. `present` `(M, *batch)` is this rank's own.
-        """
-        if self.group is None:
-            return list(rows)
-        packed = torch.cat([torch.stack(list(rows)), present[..., None, None]], -1)
-        gathered = _all_gather(packed.detach(), self.group)
-        first = (gathered[..., -1:] != 0).int().argmax(0, keepdim=True)
-        chosen = gathered[..., :-1].gather(0, first.expand(1, *packed[..., :-1].shape))
-        return list(chosen[0])
-
-    def draw(
-        self,
-        features: Sequence[Tensor],
-        masses: Sequence[Tensor],
-        weighted: bool,
-        counts: Sequence[int],
-        choose: Callable[[list[Tensor], list[Tensor], bool], list[Tensor]],
-    ) -> list[Tensor]:
-        """Return the indices `(*batch, K_m)` that `choose` draws among the samples of all ranks.
-
-        The first rank alone holds them all, and draws. An index counts from this rank's first
-        sample; one below 0, or above the last, is another rank's.
-        """
-        if self.group is None:
-            return choose(list(features), list(masses), weighted)
-        group, rank = self.group, dist.get_rank(self.group)
+    def gather_on_first(
+        self, features: Sequence[Tensor], masses: Sequence[Tensor], weighted: bool
+    ) -> GatheredRows:
+        """Gather the rows of all ranks, without gradient, on the first rank alone."""
+        group = self.group
+        if group is None:
+            return GatheredRows(list(features), list(masses), weighted, [0] * len(features))
         sizes = [x.shape[-2] for x in features]
         table = _gather_counts([*sizes, int(weighted)], features[0], group)
-        rows, weights = _gather_samples(
+        rows, gathered = _gather_samples(
             [x.detach() for x in features],
             [mass.detach() for mass in masses],
             [row[:-1] for row in table],
             lambda packed: _gather_on_first(packed, group),
         )
-        batch = features[0].shape[:-2]
-        shapes = [torch.Size((*batch, count)) for count in counts]
-        if rank == 0:
-            drawn = torch.cat(
-                [i.flatten() for i in choose(rows, weights, any(row[-1] for row in table))]
-            )
-        else:
-            length = sum(shape.numel() for shape in shapes)
-            drawn = torch.empty(length, dtype=torch.long, device=features[0].device)
-        parts = broadcast(drawn, group).split([shape.numel() for shape in shapes])
-        return [
-            part.view(shape) - sum(row[m] for row in table[:rank])
-            for m, (part, shape) in enumerate(zip(parts, shapes, strict=True))
-        ]
+        before = table[: dist.get_rank(group)]
+        starts = [sum(row[m] for row in before) for m in range(len(sizes))]
+        return GatheredRows(rows, gathered, any(row[-1] for row in table), starts)
+
+
+ALONE = Ranks(None)
 
 
 def _check_group(group: object) -> None:
@@ -200,6 +166,12 @@ def _gather_samples(
             pieces[m].append(piece)
     joined = [torch.cat(parts, -2) if parts else packed[..., :0, :] for parts in pieces]
     return [x[..., :-1] for x in joined], [x[..., -1] for x in joined]
+
+
+def _unpack(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Split a flat tensor into tensors of these shapes."""
+    parts = packed.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named argument checks, and the one place where samples, weights and dtypes are put in order.
+"""Named argument checks.
 
 Every message says which argument, what came and what is expected. No check reads a tensor's
 values, so none makes a CUDA device synchronise.
@@ -7,12 +7,25 @@ values, so none makes a CUDA device synchronise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+__all__ = [
+    "MAX_ENTRIES",
+    "check_alike",
+    "check_choice",
+    "check_count",
+    "check_entries",
+    "check_positive",
+    "check_samples",
+    "check_tensor",
+    "check_tensors",
+    "check_weights",
+    "full_precision",
+    "lift",
+]
 
 # The largest table that is ever built: 2 GiB in float64.
 MAX_ENTRIES = 2**28
@@ -124,29 +137,12 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
-class Samples(NamedTuple):
-    """The samples of M modalities, checked, with absent rows blanked and weights normalised."""
-
-    features: list[Tensor]
-    """M tensors `(*batch, N_m, ...)`, float32 or float64; rows of weight 0 are zeros."""
-    masses: list[Tensor]
-    """M tensors `(*batch, N_m)`: weights that sum to 1, or all 0 for an absent modality."""
-    present: Tensor
-    """`(M, *batch)`: 1 where a modality has any weight, else 0."""
-    weighted: bool
-    """Whether weights were given; if not, every sample is present."""
-
-
 def check_samples(
-    features: object,
-    weights: object,
-    *,
-    name: str = "features",
-    gather: Callable[..., tuple[list[Tensor], list[Tensor | None]]] | None = None,
-) -> Samples:
-    """Check M >= 2 sample sets `(*batch, N_m, D)` of equal batch and D, and their weights.
+    features: object, weights: object, *, name: str = "features"
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return M >= 2 sample sets `(*batch, N_m, D)` of equal batch and D, and their weights.
 
-    `gather` stands between the check and what follows: it may add the samples of other ranks.
+    For the weights see `check_weights`.
     """
     tensors = check_tensors(name, features, "(*batch, N, D)", 2, 2)
     batch, dim = tensors[0].shape[:-2], tensors[0].shape[-1]
@@ -158,11 +154,7 @@ def check_samples(
             )
     if dim == 0:
         raise ValueError(f"{name} must have at least one feature; got D = 0")
-    checked = check_weights(weights, tensors, batch)
-    if gather is not None:
-        tensors, checked = gather(tensors, checked)
-    weighted = any(weight is not None for weight in checked)
-    return Samples(*weigh_samples(tensors, checked, batch), weighted)
+    return tensors, check_weights(weights, tensors, batch)
 
 
 def check_weights(
@@ -209,61 +201,14 @@ def check_weights(
             raise ValueError(
                 f"weights[{m}] must be on the features' device {x.device}; got {weight.device}"
             )
-        checked.append(non_negative(weight.to(x.dtype)))
+        checked.append(_non_negative(weight.to(x.dtype)))
     return checked
 
 
-def non_negative(weight: Tensor) -> Tensor:
+def _non_negative(weight: Tensor) -> Tensor:
     """Return `weight` with NaN for what is negative, and without gradient where it is 0."""
     blank = torch.where(weight == 0, weight.new_zeros(()), weight.new_full((), math.nan))
     return torch.where(weight > 0, weight, blank)
-
-
-def weigh_samples(
-    features: Sequence[Tensor], weights: Sequence[Tensor | None], batch: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Blank the rows of weight 0 and normalise the weights: features, masses, present."""
-    blanked, masses, present = [], [], []
-    for x, weight in zip(features, weights, strict=True):
-        count = x.shape[len(batch)]
-        if weight is None:
-            blanked.append(x)
-            masses.append(x.new_full((*batch, count), 1 / max(count, 1)))
-            present.append(x.new_ones(tuple(batch)) if count else x.new_zeros(tuple(batch)))
-            continue
-        # torch.where, not a product: 0 * NaN is NaN, in the value and in the gradient.
-        row = weight.reshape(*weight.shape, *[1] * (x.ndim - weight.ndim))
-        blanked.append(torch.where(row == 0, x.new_zeros(()), x))
-        total = weight.sum(-1, keepdim=True)
-        some = total != 0  # true for NaN, which must reach the result
-        masses.append(weight / torch.where(some, total, total.new_ones(())))
-        present.append(some.squeeze(-1).to(x.dtype))
-    return blanked, masses, torch.stack(present)
-
-
-def pad_empty(samples: Samples) -> Samples:
-    """Give a modality of N = 0 one absent row."""
-    features, masses = [], []
-    for x, mass in zip(samples.features, samples.masses, strict=True):
-        empty = x.shape[-2] == 0
-        features.append(functional.pad(x, (0, 0, 0, 1)) if empty else x)
-        masses.append(functional.pad(mass, (0, 1)) if empty else mass)
-    return samples._replace(features=features, masses=masses)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return the rows `index` `(*batch, K)` of `x` `(*batch, N, D)`."""
-    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
-
-
-def reference_row(x: Tensor, mass: Tensor) -> Tensor:
-    """Return one present row of each problem, `(*batch, 1, D)`, as a constant to measure from.
-
-    Measured from a sample, a constant feature is exactly 0 and a large offset costs no digits.
-    """
-    if x.shape[-2] == 0:
-        return x.new_zeros(*x.shape[:-2], 1, x.shape[-1])
-    return take_rows(x.detach(), mass.detach().argmax(-1, keepdim=True))
 
 
 def _describe(value: object) -> str:

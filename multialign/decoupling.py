@@ -8,13 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multialign._validation import (
-    check_choice,
-    check_tensors,
-    check_weights,
-    full_precision,
-    weigh_samples,
-)
+from multialign._samples import fill_absent, reference_row, weigh
+from multialign._validation import check_choice, check_tensors, check_weights, full_precision
 
 __all__ = ["CosineDecouplingLoss", "cosine_decoupling_loss"]
 
@@ -75,20 +70,24 @@ def cosine_decoupling_loss(
     checked = check_weights(weights, us, ())
 
     with full_precision(us[0]):
-        us, masses, _ = weigh_samples(us, checked, ())
-        vs, _, _ = weigh_samples(vs, checked, ())
+        us, vs = [u.flatten(1) for u in us], [v.flatten(1) for v in vs]
+        masses, _, _ = weigh(us, checked)
         terms = []
         for u, v, weight, mass in zip(us, vs, checked, masses, strict=True):
-            cosine = _cosine(u.flatten(1), v.flatten(1))
+            if weight is not None:
+                u, v = (fill_absent(x, mass, reference_row(x, weight)) for x in (u, v))
+            cosine = _cosine(u, v)
             if form == "squared":
                 cosine = cosine.square()
             elif form == "absolute":
                 cosine = cosine.abs()
             if reduction == "mean":
                 terms.append((mass * cosine).sum())
-            else:
-                term = cosine if weight is None else weight * cosine
-                terms.append(term if reduction == "none" else term.sum())
+                continue
+            if weight is not None:
+                # An absent row has the cosine of another one, which may be NaN.
+                cosine = torch.where(mass == 0, 0.0, weight * cosine)
+            terms.append(cosine if reduction == "none" else cosine.sum())
         return torch.stack(terms).sum(0)
 
 

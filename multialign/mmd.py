@@ -10,26 +10,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multialign._distributed import ProcessGroup, broadcast, gatherer
+from multialign._distributed import ProcessGroup, Ranks
+from multialign._samples import Samples, make_samples
 from multialign._validation import (
-    Samples,
     check_choice,
     check_count,
     check_entries,
     check_positive,
     check_samples,
     full_precision,
-    reference_row,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import gaussian_form
 
 __all__ = ["MMDLoss", "mmd_loss"]
 
-# Up to this many entries a kernel matrix is held, with derivatives of every order; beyond it, it is
-# streamed in blocks.
-_HELD_ENTRIES = 2**16
-# The median distance is taken over at most so many samples, evenly spaced among all.
+# A kernel matrix of at most this many entries is built, with derivatives of every order; a larger
+# one is streamed in blocks.
+_DENSE_ENTRIES = 2**16
+# The median distance is that of at most this many samples, evenly spaced among all.
 _MEDIAN_SAMPLES = 2048
 # Samples at this part of the largest squared distance count as equal.
 _EQUAL = 1e-14
@@ -66,7 +65,7 @@ def mmd_loss(
       linear in N, and equal to "biased" up to an error of the order of
       :math:`1/\sqrt{\mathrm{num\_features}}`. The frequencies are drawn anew at each call.
 
-    Kernel matrices of more than 2^16 entries are never held: they are streamed in blocks, with
+    Kernel matrices of more than 2^16 entries are never built: they are streamed in blocks, with
     memory O(N D), and then have first derivatives only.
 
     Args:
@@ -104,24 +103,25 @@ def mmd_loss(
         tensor(0.8415)
     """
     _check_options(bandwidth, estimator, num_features)
-    samples = check_samples(features, weights, gather=gatherer(process_group))
+    ranks = Ranks(process_group)
+    tensors, checked = ranks.gather(*check_samples(features, weights))
     if estimator == "unbiased":
-        for m, x in enumerate(samples.features):
+        for m, x in enumerate(tensors):
             if x.shape[-2] < 2:
                 raise ValueError(
                     f'estimator="unbiased" needs at least 2 samples of each modality; '
                     f"features[{m}] has N = {x.shape[-2]}"
                 )
 
-    with full_precision(samples.features[0]):
-        samples = _gather_absent(samples)
+    with full_precision(tensors[0]):
+        samples = make_samples(tensors, checked)
         samples, sigmas = _in_units(samples, _bandwidths(bandwidth, samples))
         if estimator == "random_features":
             first = samples.features[0]
             frequencies = torch.randn(
                 first.shape[-1], num_features, generator=generator, device=first.device
             ).to(first.dtype)
-            frequencies = broadcast(frequencies, process_group)
+            (frequencies,) = ranks.broadcast([frequencies])
             loss = _random_feature_discrepancies(samples, sigmas, frequencies)
         else:
             loss = _kernel_discrepancies(samples, sigmas, unbiased=estimator == "unbiased")
@@ -199,22 +199,6 @@ class MMDLoss(nn.Module):
         return text
 
 
-def _gather_absent(samples: Samples) -> Samples:
-    """Move absent rows to where one of the others is.
-
-    Elsewhere they would pull the origin that distances are measured from away from the data, which
-    then lose their digits to the offset.
-    """
-    if not samples.weighted:
-        return samples
-    row = reference_row(torch.cat(samples.features, -2), torch.cat(samples.masses, -1))
-    features = [
-        torch.where(mass.unsqueeze(-1) == 0, row, x)
-        for x, mass in zip(samples.features, samples.masses, strict=True)
-    ]
-    return samples._replace(features=features)
-
-
 def _in_units(samples: Samples, sigmas: list[Tensor]) -> tuple[Samples, list[Tensor]]:
     """Return features and bandwidths in units of the first bandwidth, but for a factor below 2.
 
@@ -269,9 +253,9 @@ def _form(
     `distinct`, no sample of what is then one set is paired with itself.
     """
     batch = p.shape[:-1]
-    if p.numel() * q.shape[-1] > _HELD_ENTRIES:
+    if p.numel() * q.shape[-1] > _DENSE_ENTRIES:
         flat = [t.reshape(-1, *t.shape[len(batch) :]) for t in (x, p)]
-        # One tensor for both places tells that the form is symmetric.
+        # One tensor for both arguments marks the form as symmetric.
         other = flat if y is x else [t.reshape(-1, *t.shape[len(batch) :]) for t in (y, q)]
         precisions = [(0.5 / sigma.square()).expand(*batch, 1, 1).reshape(-1) for sigma in sigmas]
         form = gaussian_form(
@@ -282,7 +266,7 @@ def _form(
     kernels = [torch.exp(cost / (-2 * sigma.square())) for sigma in sigmas]
     kernel = torch.stack(kernels).mean(0) if len(kernels) > 1 else kernels[0]
     if distinct:
-        # Subtracted, not blanked: there alone an infinite sample shows.
+        # Subtract, so that an infinite sample still gives NaN.
         kernel = kernel - torch.diag_embed(kernel.diagonal(dim1=-2, dim2=-1))
     return (p.double() * (kernel @ q.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
@@ -319,11 +303,11 @@ def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:
 def _median_distance(samples: Samples) -> Tensor:
     """Return the median distance between two present samples of the union, `(*batch)`."""
     points = torch.cat(samples.features, -2)
-    there = torch.cat([mass != 0 for mass in samples.masses], -1)
+    present = torch.cat([mass != 0 for mass in samples.masses], -1)
     if points.shape[-2] < 2:
         return points.new_ones(points.shape[:-2])
     stride = max(1, -(-points.shape[-2] // _MEDIAN_SAMPLES))
-    points, there = points[..., ::stride, :], there[..., ::stride]
+    points, present = points[..., ::stride, :], present[..., ::stride]
     check_entries(
         math.prod(points.shape[:-1]) * points.shape[-2],
         "give the bandwidth as a number, or smaller batches",
@@ -331,12 +315,12 @@ def _median_distance(samples: Samples) -> Tensor:
     rows, columns = torch.triu_indices(
         points.shape[-2], points.shape[-2], offset=1, device=points.device
     )
-    # In float64, and 0 below its rounding: the distance of equal samples is no bandwidth.
+    # In float64, and 0 where it is rounding: the distance of equal samples is no bandwidth.
     wide = points.double()
     squares = squared_euclidean_cost(wide, wide)
     equal = squares <= _EQUAL * squares.amax((-2, -1), keepdim=True)
     distances = torch.where(equal, 0.0, squares)[..., rows, columns].sqrt().to(points.dtype)
-    counted = there[..., rows] & there[..., columns]
+    counted = present[..., rows] & present[..., columns]
     # Pairs with an absent sample go last, where the middle of the others does not reach them.
     distances = torch.where(counted, distances, math.inf).sort(-1).values
     count = counted.sum(-1, keepdim=True)

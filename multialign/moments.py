@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from multialign._distributed import ProcessGroup, Ranks
+from multialign._samples import Samples, make_samples
 from multialign._validation import (
-    Samples,
     check_choice,
     check_entries,
     check_positive,
     check_samples,
     full_precision,
-    reference_row,
 )
 
 __all__ = ["GaussianMomentLoss", "gaussian_moment_loss"]
@@ -26,7 +25,7 @@ __all__ = ["GaussianMomentLoss", "gaussian_moment_loss"]
 Moment = Literal["mean", "covariance", "skewness"]
 FeatureReduction = Literal["sum", "mean"]
 
-# Rows are taken in blocks of about so many entries.
+# Entries of a block of rows.
 _BLOCK_ENTRIES = 2**18
 
 MOMENTS: tuple[Moment, ...] = ("mean", "covariance", "skewness")
@@ -84,18 +83,15 @@ def gaussian_moment_loss(
     """
     _check_options(moments, feature_reduction, eps)
     ranks = Ranks(process_group)
-    samples = check_samples(features, weights, gather=ranks.note)
+    tensors, checked = check_samples(features, weights)
     if "covariance" in moments:
-        *batch, _, dim = samples.features[0].shape
+        *batch, _, dim = tensors[0].shape
         check_entries(
             math.prod(batch) * dim**2, 'leave "covariance" out of moments, or project the features'
         )
-    with full_precision(samples.features[0]):
-        rows = [reference_row(*pair) for pair in zip(samples.features, samples.masses, strict=True)]
-        origins = ranks.first_rows(rows, samples.present)
-        masses, present = ranks.normalise(samples.masses, samples.present)
-        samples = samples._replace(masses=masses, present=present)
-        statistics = _moments(samples, origins, moments, eps, ranks)
+    with full_precision(tensors[0]):
+        samples = make_samples(tensors, checked, ranks)
+        statistics = _moments(samples, moments, eps, ranks)
         batch_dims = samples.present.ndim - 1
         loss = samples.present.new_zeros(())
         for values in statistics.values():
@@ -168,24 +164,24 @@ class GaussianMomentLoss(nn.Module):
 
 
 def _moments(
-    samples: Samples, origins: Sequence[Tensor], moments: Sequence[str], eps: float, ranks: Ranks
+    samples: Samples, moments: Sequence[str], eps: float, ranks: Ranks
 ) -> dict[str, list[Tensor]]:
     """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
 
-    What is summed over all ranks needs the sum before it: mean and covariance cost a collective
-    each, the skewness two more, or three without the covariance.
+    Each sum over the ranks needs the one before it: mean and covariance cost a collective each, the
+    skewness two more, or three without the covariance.
     """
-    uniform = not samples.weighted and ranks.group is None
+    origins = samples.origins.unbind(0)
     sums = [
-        _Sums(x, None if uniform else mass, origin)
+        _Sums(x, None if samples.complete else mass, origin)
         for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
     ]
     zeros = [torch.zeros_like(origin) for origin in origins]
     steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
     units: list[Tensor | None] = [None] * len(sums)
     if "skewness" in moments:
-        # In a unit of its own for each feature: of small ones the variance, or 1 / variance in the
-        # gradient, leaves the range of float32.
+        # Each feature has a unit of its own: the variance of a small one, or 1 / variance in the
+        # gradient, would leave the range of float32.
         extents = ranks.sum([s.extent() for s in sums])
         units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
     parts = list(zip(sums, steps, units, strict=True))
@@ -239,7 +235,7 @@ class _Sums:
         self.origin = origin
 
     def extent(self) -> Tensor:
-        """Return the sum of |x - origin| over the rows that are there, `(*batch, 1, D)`."""
+        """Return the sum of |x - origin|, 0 for absent rows, `(*batch, 1, D)`."""
         with torch.no_grad():
             deviations = self._deviations(torch.zeros_like(self.origin))
             parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
@@ -267,14 +263,12 @@ class _Sums:
     def _deviations(
         self, step: Tensor, unit: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield (x - origin - step) / unit, 0 for absent rows, and the weights of each block."""
+        """Yield (x - origin - step) / unit and the weights of each block."""
         for x, weight in zip(self.blocks, self.weights, strict=True):
-            # Twice subtracted: the sum of origin and step would be rounded to the data's offset.
+            # Subtract twice: the sum of origin and step would be rounded to the data's offset.
             deviation = x - self.origin - step
             if unit is not None:
                 deviation = deviation / unit
-            if weight is not None:
-                deviation = torch.where(weight == 0, 0.0, deviation)
             yield deviation, weight
 
 

@@ -11,14 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multialign._samples import Samples, make_samples, pad_rows
 from multialign._validation import (
-    Samples,
     check_choice,
     check_entries,
     check_positive,
     check_samples,
     full_precision,
-    pad_empty,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
@@ -248,19 +247,8 @@ def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
 
 
 def _check_points(points: object, weights: object) -> Samples:
-    """Return the clouds, with rows of weight 0 at the mean of the others.
-
-    Nothing depends on where these rows are, but the rounding of distances: far from the others they
-    would take digits from them.
-    """
-    samples = pad_empty(check_samples(points, weights, name="points"))
-    if not samples.weighted:
-        return samples
-    features = []
-    for x, mass in zip(samples.features, samples.masses, strict=True):
-        mean = mass.unsqueeze(-2) @ x.detach()
-        features.append(torch.where(mass.unsqueeze(-1) == 0, mean, x))
-    return samples._replace(features=features)
+    """Return the clouds, each of at least one row."""
+    return pad_rows(make_samples(*check_samples(points, weights, name="points")), 1)
 
 
 def _joint_problem(

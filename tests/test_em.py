@@ -4,7 +4,26 @@ import torch
 from torch.autograd import gradcheck
 
 from multialign import GaussianMixture, fit_gaussian_mixture
-from multialign.em import SMALLEST_FLOOR, axis_aligned_em
+from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
+from multialign.mixture.options import FitOptions
+from multialign.mixture.parameters import Parameters, Standardised
+
+
+def axis_aligned_em(x, mass, weights, means, variances, floor, *, spherical=False, **settings):
+    options = FitOptions(
+        covariance_type="spherical" if spherical else "diag",
+        em_iterations=1,
+        regularization=1e-2,
+        differentiate="unroll",
+        generator=None,
+        process_group=None,
+    )
+    data = Standardised(x, mass, None, None, None, floor)
+    start = Parameters(weights, means, variances[..., 0] if spherical else variances)
+    mixture, moments, steps = em_by_moments(data, start, options, **settings)
+    if spherical:
+        mixture = mixture._replace(covariances=mixture.covariances.unsqueeze(-1).expand_as(means))
+    return tuple(mixture), tuple(moments), steps
 
 
 def problem(batch=3, n=9, k=3, dim=2, spherical=False):
@@ -25,7 +44,7 @@ def problem(batch=3, n=9, k=3, dim=2, spherical=False):
 
 
 def by_differences(x, mass, weights, means, variances, floor, *, iterations, spherical=False):
-    """The same as it is written in books, and what components hold of the samples."""
+    """The same as it is written in books, and the posterior moments."""
 
     def posterior():
         deviation = x.unsqueeze(-2) - means.unsqueeze(-3)
@@ -50,7 +69,7 @@ def by_differences(x, mass, weights, means, variances, floor, *, iterations, sph
 @pytest.mark.parametrize("iterations", [0, 1, 4])
 @pytest.mark.parametrize("block", [2**20, 1])
 def test_equals_autograd_through_differences(spherical, iterations, block, monkeypatch):
-    monkeypatch.setattr("multialign.em._BLOCK_ENTRIES", block)
+    monkeypatch.setattr("multialign.mixture.em_moments._BLOCK_ENTRIES", block)
     inputs = problem(n=30, k=4, dim=5, spherical=spherical)
     options = {"iterations": iterations, "spherical": spherical}
     *ours, _ = axis_aligned_em(*inputs, posterior=True, **options)
@@ -71,8 +90,8 @@ def test_equals_autograd_through_differences(spherical, iterations, block, monke
 @pytest.mark.parametrize("posterior", [False, True])
 def test_gradcheck(posterior):
     def fit(*inputs):
-        parameters, held, _ = axis_aligned_em(*inputs, iterations=3, posterior=posterior)
-        return (*parameters, *held) if posterior else parameters
+        parameters, moments, _ = axis_aligned_em(*inputs, iterations=3, posterior=posterior)
+        return (*parameters, *moments) if posterior else parameters
 
     assert gradcheck(fit, problem())
 
@@ -96,10 +115,10 @@ def test_a_problem_without_samples_stays():
     absent = torch.ones(3, 1)
     absent[1] = 0
     inputs[1] = (inputs[1].detach() * absent).requires_grad_()
-    (weights, means, variances), held, _ = axis_aligned_em(*inputs, iterations=3, posterior=True)
+    (weights, means, variances), moments, _ = axis_aligned_em(*inputs, iterations=3, posterior=True)
     for output, start in zip((weights, means, variances), inputs[2:5]):
         torch.testing.assert_close(output[1], start[1])
-    assert (held[0][1] == weights[1]).all()
+    assert (moments[0][1] == weights[1]).all()
     grads = torch.autograd.grad([weights, means, variances], inputs, [weights, means, variances])
     for grad, output in zip(grads[2:5], (weights, means, variances)):
         torch.testing.assert_close(grad[1], output[1].detach())

@@ -12,8 +12,8 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.autograd import gradcheck
 
 from multialign import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
-from multialign import mixture as mixture_module
-from multialign._distributed import Ranks
+from multialign._distributed import ALONE
+from multialign.mixture import em, em_subspace
 from tests import reference
 
 TYPES = ("diag", "full", "tied", "spherical")
@@ -466,10 +466,8 @@ class TestFewerSamplesThanFeatures:
     @pytest.fixture
     def in_all_dimensions(self, monkeypatch):
         def switch():
-            plain = functools.partial(
-                mixture_module._Plain, covariance_type="full", ranks=Ranks(None)
-            )
-            monkeypatch.setattr(mixture_module, "_Narrow", plain)
+            plain = functools.partial(em.PlainEM, covariance_type="full", ranks=ALONE)
+            monkeypatch.setattr(em, "SubspaceEM", plain)
 
         return switch
 
@@ -516,9 +514,9 @@ class TestFewerSamplesThanFeatures:
             )
             return *parts, *torch.autograd.grad(total, (x, weights))
 
-        narrow = fit()
+        in_subspace = fit()
         in_all_dimensions()
-        for a, b in zip(narrow, fit(), strict=True):
+        for a, b in zip(in_subspace, fit(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
     def test_gradcheck(self):
@@ -549,13 +547,13 @@ class TestFewerSamplesThanFeatures:
 
     def test_steps_are_taken_in_the_space_of_the_samples(self, monkeypatch):
         dimensions = []
-        whiten = mixture_module._whiten
+        whiten = em_subspace.whiten
 
         def record(covariances):
             dimensions.append(covariances.shape[-1])
             return whiten(covariances)
 
-        monkeypatch.setattr(mixture_module, "_whiten", record)
+        monkeypatch.setattr(em_subspace, "whiten", record)
         options = {"covariance_type": "full", "iterations": 4, "tolerance": 0.0}
         fit_gaussian_mixture(torch.randn(5, 40), 2, **options)
         assert dimensions == [5] * 3

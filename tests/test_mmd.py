@@ -91,7 +91,7 @@ class TestStreaming:
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch):
-        self.stream = lambda: monkeypatch.setattr("multialign.mmd._HELD_ENTRIES", 0)
+        self.stream = lambda: monkeypatch.setattr("multialign.mmd._DENSE_ENTRIES", 0)
         monkeypatch.setattr("multialign.ops.gaussian._BLOCK", 3)
 
     def test_equals_the_held_matrix(self, estimator, bandwidth):
@@ -149,7 +149,7 @@ def test_second_derivatives_of_a_streamed_matrix_are_refused(monkeypatch):
     y = torch.randn(4, 2)
     (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
     grad.sum().backward()
-    monkeypatch.setattr("multialign.mmd._HELD_ENTRIES", 0)
+    monkeypatch.setattr("multialign.mmd._DENSE_ENTRIES", 0)
     (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
     with pytest.raises(RuntimeError, match="streamed, not held, has first derivatives only"):
         grad.sum().backward()

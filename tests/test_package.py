@@ -25,16 +25,24 @@ ALLOWED = {
     "_validation": set(),
     "_distributed": set(),
     "_versions": {""},  # __version__
+    "_samples": {"_distributed"},
     "ops": {"_validation"},
-    "costs": {"_validation", "_distributed", "ops"},
-    "decoupling": {"_validation", "_distributed", "ops"},
-    "moments": {"_validation", "_distributed", "ops"},
-    "mmd": {"_validation", "_distributed", "ops", "costs"},
-    "em": {"_distributed"},
-    "mixture": {"_validation", "_distributed", "ops", "costs", "em"},
+    "costs": {"_validation", "ops"},
+    "decoupling": {"_validation", "_samples"},
+    "moments": {"_validation", "_distributed", "_samples"},
+    "mmd": {"_validation", "_distributed", "_samples", "ops", "costs"},
+    "mixture": {"_validation", "_distributed", "_samples", "ops", "costs"},
     "transport": {"_validation", "ops"},
-    "sinkhorn": {"_validation", "_distributed", "ops", "transport", "costs"},
-    "prototypes": {"_validation", "_distributed", "ops", "costs", "mixture", "transport"},
+    "sinkhorn": {"_validation", "_samples", "ops", "transport", "costs"},
+    "prototypes": {
+        "_validation",
+        "_distributed",
+        "_samples",
+        "ops",
+        "costs",
+        "mixture",
+        "transport",
+    },
 }
 
 

@@ -1,20 +1,20 @@
-"""Expectation-maximisation for Gaussians along the axes, by moments, its derivative written out.
+"""Expectation-maximisation for axis-aligned Gaussians by moments, with its own derivative.
 
 The log-density of component k is linear in the features z(x) = (-x^2 / 2, x) of a sample,
 
     log pi_k + log N(x; mu_k, diag v_k) = c_k + a_k . z(x) + constant,
     a_k = (1 / v_k, mu_k / v_k),   c_k = log pi_k - sum_d (log v_kd + mu_kd^2 / v_kd) / 2,
 
-and all that the M-step needs are the moments of each component, which are the means of z(x) under
-its posterior. So a step is two products of matrices, and nothing of N K D entries is made.
+and the M-step needs only the mean of z(x) under the posterior of each component, its moments. So a
+step is two matrix products, without a table of N K D entries.
 
 The variance E x^2 - mu^2 is a small difference where a component is narrow and far from the origin.
-Hence float64, samples in units of their own spread, measured from one of themselves, and a floor of
-at least `SMALLEST_FLOOR`. Since pi_k mu_k^2 is at most about D, the sum of the variances, rounding
-changes a variance by a part of about eps D / (pi_k floor) at worst.
+Hence float64, samples in units of their spread, measured from one of themselves, and a floor of at
+least `SMALLEST_FLOOR`. Since pi_k mu_k^2 is at most about D, the sum of the variances, the relative
+rounding error of a variance is at most about eps D / (pi_k floor).
 
-The derivative of all steps is one pass back over the weights and moments that the steps went
-through, which are all that is kept: the posteriors are computed again.
+The derivative is one pass back over the weights and moments of all steps. Nothing else is saved:
+the posteriors are computed again.
 """
 
 from __future__ import annotations
@@ -25,67 +25,51 @@ import torch
 from torch import Tensor
 
 from multialign._distributed import ProcessGroup, Ranks
+from multialign.mixture.options import FitOptions
+from multialign.mixture.parameters import Parameters, PosteriorMoments, Standardised
 
-__all__ = ["SMALLEST_FLOOR", "axis_aligned_em"]
+__all__ = ["SMALLEST_FLOOR", "em_by_moments"]
 
 SMALLEST_FLOOR = 1e-7
-# A component that no sample belongs to stays where it is, as if this much mass held it there.
+# Mass that each component has at its own moments, so that one without samples keeps them.
 _INERTIA = 1e-30
-# How many posteriors are computed again at once, going back.
+# How many posteriors the pass back computes at once.
 _BLOCK_ENTRIES = 2**20
 
 
-def axis_aligned_em(
-    x: Tensor,
-    mass: Tensor,
-    weights: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    floor: Tensor,
+def em_by_moments(
+    data: Standardised,
+    start: Parameters,
+    options: FitOptions,
     *,
     iterations: int,
     tolerance: float = 0.0,
-    spherical: bool = False,
     posterior: bool = False,
-    group: ProcessGroup | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Return a mixture after EM, what its components hold, and each problem's number of steps.
+) -> tuple[Parameters, PosteriorMoments, Tensor]:
+    """Return the mixture after EM, its posterior moments, and the steps of each problem.
 
-    First derivatives only. All tensors are float64.
-
-    Args:
-        x: `(B, N, D)`, of about unit variance, near the origin.
-        mass: `(B, N)`, which sum to 1, or to 0 for a problem without samples, which stays as it is.
-        weights: `(B, K)`, of the mixture to start from.
-        means: `(B, K, D)`.
-        variances: `(B, K, D)`; with `spherical` equal along the last dimension.
-        floor: `(B, 1, 1)`, added to the variances.
-        iterations: Steps to take.
-        tolerance: A problem stops once its mean log-likelihood changes by less; 0 does not look.
-        spherical: Whether the variances are averaged over the features.
-        posterior: Whether what the components hold is wanted (with tolerance 0).
-        group: Ranks that share the samples, all of which start at the same mixture.
-
-    Returns:
-        Weights, means and variances, shaped as given; then, of the samples weighted by their
-        posteriors under that mixture, each component's mass `(B, K)`, mean `(B, K, D)` and mass
-        times mean squared distance from the mean `(B, K)`, or nothing of use if `posterior` is not
-        set; and the steps, `(B)`.
+    It has first derivatives only. All ranks start from the same mixture, and a problem without
+    samples stays there. A problem stops once its mean log-likelihood changes by less than the
+    `tolerance`; 0 does not look. The moments mean nothing without `posterior`, which needs
+    tolerance 0.
     """
-    results = _EM.apply(
-        x,
-        mass,
-        weights,
-        means,
-        variances,
-        floor,
-        iterations,
-        tolerance,
-        spherical,
-        posterior,
-        group,
-    )
-    return results[:3], results[3:6], results[6]
+    weights, means, variances = start
+    spherical = options.covariance_type == "spherical"
+    if spherical:
+        variances = variances.unsqueeze(-1).expand_as(means)
+    batch = means.shape[:-2]
+    flat = len(batch) != 1
+    problem = [data.x, data.mass, weights, means, variances, data.floor]
+    if flat:
+        problem = [part.reshape(batch.numel(), *part.shape[len(batch) :]) for part in problem]
+    settings = iterations, tolerance, spherical, posterior, options.process_group
+    parts = _EM.apply(*problem, *settings)[:7]
+    if flat:
+        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
+    weights, means, variances = parts[:3]
+    if spherical:
+        variances = variances[..., 0]
+    return Parameters(weights, means, variances), PosteriorMoments(*parts[3:6]), parts[6]
 
 
 class _EM(torch.autograd.Function):
@@ -106,13 +90,13 @@ class _EM(torch.autograd.Function):
         group: ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         moments = torch.cat([-0.5 * (variances - floor + means.square()), means], -1)
-        path, steps = _run(
+        path, steps = _forward(
             x,
             mass.unsqueeze(-2),
             weights.unsqueeze(-1),
             moments,
             floor,
-            iterations + posterior,  # what the components hold is what a further step finds
+            iterations + posterior,  # the posterior moments are those of a further step
             tolerance,
             spherical,
             Ranks(group),
@@ -123,8 +107,8 @@ class _EM(torch.autograd.Function):
         squares, centres = found.chunk(2, -1)
         spreads = torch.addcmul(-2 * squares, centres, centres, value=-1).sum(-1)
         shares = shares.squeeze(-1)
-        # What the steps went through is an output, since only inputs and outputs can be kept.
-        trail = [torch.stack(part, 1) for part in zip(*path, strict=True)]
+        # An output, since only inputs and outputs can be saved for the derivative.
+        history = [torch.stack(part, 1) for part in zip(*path, strict=True)]
         return (
             weights.squeeze(-1),
             means.clone(),
@@ -133,7 +117,7 @@ class _EM(torch.autograd.Function):
             centres.clone(),
             shares * spreads.clamp_min(0),
             steps.flatten(),
-            *trail,
+            *history,
         )
 
     @staticmethod
@@ -145,14 +129,14 @@ class _EM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Where no graph of the derivative is wanted, there is none to refuse.
+        # Only a recorded derivative has a derivative to refuse.
         differentiate = _Derivative.apply if torch.is_grad_enabled() else _Derivative.forward
         derivatives = differentiate(*ctx.saved_tensors, *grads[:6], *ctx.options)
         return (*derivatives, None, None, None, None, None)
 
 
 class _Derivative(torch.autograd.Function):
-    """The derivative. Its own is not kept: taken as a constant it would be wrong in silence."""
+    """The first derivative. It refuses the second, which would be wrong."""
 
     generate_vmap_rule = True
 
@@ -191,7 +175,7 @@ class _Derivative(torch.autograd.Function):
                 grad_shares.unsqueeze(-1), grad_scatters, spreads.sum(-1, keepdim=True)
             )
             grads.append((by_shares, torch.cat([by_spread.expand_as(centres), by_centres], -1)))
-        grad_x, grad_mass, grad_weights, grad_moments, grad_floor = _run_back(
+        grad_x, grad_mass, grad_weights, grad_moments, grad_floor = _backward(
             x,
             mass.unsqueeze(-2),
             floor,
@@ -227,11 +211,10 @@ class _Derivative(torch.autograd.Function):
         )
 
 
-# From here on weights are (B, K, 1), mass is (B, 1, N), and all that is one number for each problem
-# is (B, 1, 1).
+# From here on weights are (B, K, 1), mass is (B, 1, N), and a number per problem is (B, 1, 1).
 
 
-def _run(
+def _forward(
     x: Tensor,
     mass: Tensor,
     weights: Tensor,
@@ -242,7 +225,7 @@ def _run(
     spherical: bool,
     ranks: Ranks,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return weights and moments on the way, first and last included, and each problem's steps."""
+    """Return weights and moments before and after each step, and the steps of each problem."""
     features = _features(x)
     rows = features.mT
     absent = _absent(mass, ranks)
@@ -258,16 +241,16 @@ def _run(
         if tolerance > 0:
             sums.append((mass * log_joint.logsumexp(-2, keepdim=True)).sum(-1, keepdim=True))
         shares, totals, *likelihood = ranks.sum(sums)
-        held = torch.add(totals, moments, alpha=_INERTIA) / (shares + _INERTIA)
+        updated = torch.add(totals, moments, alpha=_INERTIA) / (shares + _INERTIA)
         shares = torch.addcmul(shares, absent, weights)
         if tolerance == 0:
-            weights, moments = shares, held
+            weights, moments = shares, updated
             path.append((weights, moments))
             continue
-        weights, moments = torch.where(done, weights, shares), torch.where(done, moments, held)
+        weights, moments = torch.where(done, weights, shares), torch.where(done, moments, updated)
         path.append((weights, moments))
         if previous is not None:
-            # NaN never converges, and the result shows it: there is nothing to wait for.
+            # NaN never converges: stop, the result shows it.
             change = (likelihood[0] - previous).abs()
             stop = ~done & ((change < tolerance) | change.isnan())
             steps = torch.where(stop, len(path) - 1, steps)
@@ -278,7 +261,7 @@ def _run(
     return path, steps
 
 
-def _run_back(
+def _backward(
     x: Tensor,
     mass: Tensor,
     floor: Tensor,
@@ -293,8 +276,8 @@ def _run_back(
     """Return the derivatives by x, mass, weights, moments and floor.
 
     `weights` and `moments` are those of all steps, along dimension 1, and `grads` the derivatives
-    by the last one or two of them. `stops` says whether problems may have stopped; what follows is
-    the identity.
+    by the last one or two of them. `stops` says whether problems may have stopped; their later
+    steps are the identity.
     """
     features = _features(x)
     rows = features.mT
@@ -308,7 +291,7 @@ def _run_back(
 
     for end in range(count, 0, -block):
         start = max(0, end - block)
-        # All that does not wait for the derivative, for all steps of the block at once.
+        # What does not depend on the derivative, for all steps of the block at once.
         before, after = slice(start, end), slice(start + 1, end + 1)
         slopes, offsets, precisions, means = _coefficients(
             weights[:, before], moments[:, before], floor.unsqueeze(1), spherical
@@ -395,7 +378,7 @@ def _parameters(moments: Tensor, floor: Tensor, spherical: bool) -> tuple[Tensor
     variances = torch.addcmul(torch.add(floor, squares, alpha=-2), means, means, value=-1)
     if spherical:
         variances = variances.mean(-1, keepdim=True).expand_as(variances)
-    # Rounding may leave it below; the derivative there is as good as above.
+    # Rounding may take a variance below the floor.
     return torch.maximum(variances, floor), means
 
 

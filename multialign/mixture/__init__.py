@@ -1,0 +1,19 @@
+"""Gaussian mixtures fitted by expectation-maximisation, batched and differentiable."""
+
+from multialign.mixture.distribution import GaussianMixture
+from multialign.mixture.fit import Modalities, fit_gaussian_mixture
+from multialign.mixture.options import Differentiate, FitOptions
+from multialign.mixture.parameters import CovarianceType
+from multialign.mixture.running import GaussianPrototypes, check_momentum, running_mixtures
+
+__all__ = [
+    "CovarianceType",
+    "Differentiate",
+    "FitOptions",
+    "GaussianMixture",
+    "GaussianPrototypes",
+    "Modalities",
+    "check_momentum",
+    "fit_gaussian_mixture",
+    "running_mixtures",
+]

@@ -1,0 +1,266 @@
+"""The fit of mixtures to M modalities at once; :func:`fit_gaussian_mixture` is the case M = 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from multialign._distributed import ProcessGroup
+from multialign._samples import Samples, make_samples, pad_rows
+from multialign._validation import (
+    check_alike,
+    check_count,
+    check_positive,
+    check_tensor,
+    check_weights,
+    full_precision,
+    lift,
+)
+from multialign.mixture.distribution import GaussianMixture, as_mixture, parameters_of
+from multialign.mixture.em import fit_standard, fit_with_posterior, posterior_moments
+from multialign.mixture.options import Differentiate, FitOptions, Init
+from multialign.mixture.parameters import (
+    CovarianceType,
+    Parameters,
+    PosteriorMoments,
+    from_standard,
+    moments_from_standard,
+    stack_modalities,
+    standardise,
+    to_standard,
+    unstack_modalities,
+    with_matrices,
+)
+from multialign.mixture.seeds import draw_means, start_parameters
+
+__all__ = ["Modalities", "fit_gaussian_mixture", "fit_one"]
+
+_Fields = TypeVar("_Fields", bound=tuple[Tensor, ...])
+
+
+class Modalities:
+    """The samples of M modalities, standardised, and the mixtures fitted to them.
+
+    Modalities with equal N and equal K are one batch of problems, stacked along a first dimension;
+    otherwise each is fitted alone. Over several ranks equal K is enough: N may be equal on one rank
+    and not on another, and all ranks must take part in the same collectives.
+
+    Args:
+        samples: The samples.
+        counts: K for each modality.
+        options: Of the fit.
+    """
+
+    def __init__(self, samples: Samples, counts: Sequence[int], options: FitOptions) -> None:
+        self.samples = samples
+        self._counts, self._options = counts, options
+        self._sizes = [x.shape[-2] for x in samples.features]
+        self._dtype = samples.features[0].dtype
+        ranks, every = options.ranks, range(len(counts))
+        equal_sizes = len(set(self._sizes)) == 1 or ranks.group is not None
+        together = len(set(counts)) == 1 and equal_sizes
+        self._stacks = [list(every)] if together else [[m] for m in every]
+        # EM takes at least one row.
+        padded = pad_rows(samples, max(1, *self._sizes) if together else 1)
+        self._data = standardise(
+            self._stack_tensors(padded.features),
+            self._stack_tensors(padded.masses),
+            padded.origins.unbind(0) if len(self._stacks) == len(counts) else [padded.origins],
+            options.regularization,
+            ranks,
+        )
+
+    def fit(self, starts: Sequence[GaussianMixture | None] | None = None) -> list[GaussianMixture]:
+        """Return the mixture of each modality after EM, from `starts` where there are any."""
+        with torch.set_grad_enabled(self._options.grad):
+            pairs = zip(self._data, self._begin(starts), strict=True)
+            return self._mixtures([fit_standard(*pair, self._options) for pair in pairs])
+
+    def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
+        """Return the mixtures after all iterations, and the posterior moments under them."""
+        with torch.set_grad_enabled(self._options.grad):
+            pairs = zip(self._data, self._begin(None), strict=True)
+        fits = [fit_with_posterior(*pair, self._options) for pair in pairs]
+        return self._mixtures(fit[0] for fit in fits), self._moments(fit[1] for fit in fits)
+
+    def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
+        """Return the posterior moments of the samples under given mixtures."""
+        pairs = zip(self._data, self._to_standard(mixtures), strict=True)
+        return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
+
+    def _begin(self, starts: Sequence[GaussianMixture | None] | None) -> list[Parameters]:
+        """Return the standardised mixtures that EM starts from, seeds where none is given."""
+        given = starts or [None] * len(self._counts)
+        known = [start for start in given if start is not None]
+        if len(known) == len(given):
+            return self._to_standard(known)
+        options = self._options
+        means = draw_means(
+            self._data, self._stacks, self._sizes, self._counts, self.samples.weighted, options
+        )
+        seeds = [
+            start_parameters(mean, data, options.covariance_type)
+            for mean, data in zip(means, self._data, strict=True)
+        ]
+        if not known:
+            return seeds
+        drawn = self._mixtures(with_matrices(seed, options.covariance_type) for seed in seeds)
+        pairs = zip(drawn, given, strict=True)
+        return self._to_standard([seed if start is None else start for seed, start in pairs])
+
+    def _to_standard(self, mixtures: Sequence[GaussianMixture]) -> list[Parameters]:
+        """Return the parameters of mixtures of the samples, standardised."""
+        fields = zip(*(parameters_of(mixture) for mixture in mixtures), strict=True)
+        stacked = zip(*(self._stack_tensors(field) for field in fields), self._data, strict=True)
+        return [to_standard(Parameters(*part), data) for *part, data in stacked]
+
+    def _mixtures(self, parameters: Iterable[Parameters]) -> list[GaussianMixture]:
+        """Return the mixtures of standardised parameters, in the units of the samples."""
+        pairs = zip(parameters, self._data, strict=True)
+        fitted = self._unstack([from_standard(part, data, self._dtype) for part, data in pairs])
+        return [as_mixture(part, self._options.covariance_type) for part in fitted]
+
+    def _moments(self, moments: Iterable[PosteriorMoments]) -> list[PosteriorMoments]:
+        """Return standardised moments in the units of the samples."""
+        pairs = zip(moments, self._data, strict=True)
+        return self._unstack([moments_from_standard(part, data) for part, data in pairs])
+
+    def _stack_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [stack_modalities([tensors[m] for m in stack]) for stack in self._stacks]
+
+    def _unstack(self, records: Sequence[_Fields]) -> list[_Fields]:
+        """Return a tuple of tensors for each modality from one for each stack."""
+        return [
+            type(record)(*fields)
+            for record, stack in zip(records, self._stacks, strict=True)
+            for fields in zip(*(unstack_modalities(x, len(stack)) for x in record), strict=True)
+        ]
+
+
+def fit_gaussian_mixture(
+    x: Tensor,
+    num_components: int,
+    *,
+    covariance_type: CovarianceType = "diag",
+    weights: Tensor | None = None,
+    init: Init | GaussianMixture = "kmeans++",
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    regularization: float = 1e-6,
+    differentiate: Differentiate = "unroll",
+    generator: torch.Generator | None = None,
+    process_group: ProcessGroup | None = None,
+) -> GaussianMixture:
+    r"""Fit a Gaussian mixture by expectation-maximisation.
+
+    Each iteration computes the posteriors :math:`w^n(k)` of Eq. 3 and then
+
+    .. math::
+        \pi_k = \sum_n p_n w^n(k), \quad
+        \mu_k = \frac{1}{\pi_k} \sum_n p_n w^n(k)\, x_n, \quad
+        \Sigma_k = \frac{1}{\pi_k} \sum_n p_n w^n(k) (x_n - \mu_k)(x_n - \mu_k)^\top + \rho s^2 I
+
+    with :math:`p` the sample weights divided by their sum, :math:`\rho` the `regularization` and
+    :math:`s^2` the variance of the data averaged over features (1 if that is 0), so that scaling
+    the data scales the mixture. A component that no sample belongs to keeps its parameters. All
+    arguments scikit-learn knows mean what they mean there, except that scikit-learn adds
+    :math:`\rho` without :math:`s^2`. All arithmetic is in float64.
+
+    For "diag" and "spherical" (with :math:`\rho \ge 10^{-7}`; below, differences replace moments)
+    an iteration takes :math:`N K D` time and two matrix products, and the backward pass keeps the
+    mixtures it went through alone, so that memory does not grow with :math:`N K` times the
+    iterations; it has first derivatives only. So has "full" with :math:`N < D`, where an iteration
+    works in the N dimensions that the samples span, in :math:`K N^3` time.
+
+    Args:
+        x: :math:`(*\text{batch}, N, D)`; batch entries are independent problems.
+        num_components: K. It may exceed N; some components then share samples.
+        covariance_type: "diag", "full", "tied" (one for all components) or "spherical".
+        weights: None or :math:`(*\text{batch}, N)`, boolean or non-negative; 0 is absent.
+        init: "kmeans++" and "random" choose K samples as means, with the variances of the data and
+            equal weights; a :class:`GaussianMixture` is the state to start from.
+        iterations: Largest number of iterations.
+        tolerance: A problem stops once its mean log-likelihood changes by less; 0 runs all
+            iterations and never reads a value back from the device.
+        regularization: :math:`\rho`, dimensionless.
+        differentiate: "unroll" differentiates through all iterations, "last" through the last
+            alone, the state before it being constant, "none" not at all. A problem that converged
+            to the `tolerance` is at a fixed point: there "last" adds the derivative of that state,
+            which makes it the implicit derivative of the limit, whatever the start.
+        generator: Draws the initial means; None stands for torch's global generator.
+        process_group: Given one, the mixture is that of all ranks' samples together. They stay on
+            their ranks, but for the draw of initial means, which the first rank makes for all. An
+            initial mixture must be the same on all ranks.
+
+    Returns:
+        The mixture, in the units of `x`.
+
+    Raises:
+        ValueError: A shape, device, count or option is wrong.
+        TypeError: An argument is no floating-point tensor, or dtypes differ.
+        MemoryError: With "full" or "tied", batch N K D is more than 2^28 entries.
+
+    References:
+        :cite:t:`dempster:77`; :cite:t:`arthur:07` for k-means++; Eq. 2-4 of
+        :cite:t:`decalign:26`.
+
+    Example:
+        >>> import torch
+        >>> from multialign import fit_gaussian_mixture
+        >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> mixture = fit_gaussian_mixture(x, 2, generator=torch.Generator().manual_seed(0))
+        >>> mixture.means.flatten().sort().values
+        tensor([ 0.5000, 10.5000])
+    """
+    check_count("num_components", num_components)
+    check_count("iterations", iterations)
+    check_positive("tolerance", tolerance, zero=True)
+    options = FitOptions(
+        covariance_type=covariance_type,
+        em_iterations=iterations,
+        em_tolerance=tolerance,
+        regularization=regularization,
+        differentiate=differentiate,
+        init="kmeans++" if isinstance(init, GaussianMixture) else init,
+        generator=generator,
+        process_group=process_group,
+    )
+    start = init if isinstance(init, GaussianMixture) else None
+    return fit_one(x, weights, num_components, options, start)[0]
+
+
+def fit_one(
+    x: Tensor,
+    weights: Tensor | None,
+    count: int,
+    options: FitOptions,
+    start: GaussianMixture | None,
+) -> tuple[GaussianMixture, Samples]:
+    """Return the mixture of one modality, from `start` if there is one, and its samples."""
+    x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
+    if x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one feature; got {tuple(x.shape)}")
+    if start is not None:
+        _check_start(start, x, count, options.covariance_type)
+    checked = check_weights([weights], [x], x.shape[:-2])
+    with full_precision(x):
+        samples = make_samples([x], checked, options.ranks)
+        (mixture,) = Modalities(samples, [count], options).fit([start])
+    return mixture, samples
+
+
+def _check_start(
+    init: GaussianMixture, x: Tensor, num_components: int, covariance_type: CovarianceType
+) -> None:
+    if init.covariance_type != covariance_type:
+        raise ValueError(
+            f'init must be a mixture of covariance_type="{covariance_type}"; '
+            f'got "{init.covariance_type}"'
+        )
+    expected = (*x.shape[:-2], num_components, x.shape[-1])
+    if init.means.shape != expected:
+        raise ValueError(f"init must have means of shape {expected}; got {tuple(init.means.shape)}")
+    check_alike("x and the means of init", [x, init.means], ["x", "the means"])

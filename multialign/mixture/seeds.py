@@ -1,0 +1,170 @@
+"""The mixtures that EM starts from: components at samples drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multialign._samples import take_rows
+from multialign.mixture.options import FitOptions
+from multialign.mixture.parameters import (
+    CovarianceType,
+    Parameters,
+    Standardised,
+    stack_modalities,
+    unstack_modalities,
+)
+
+__all__ = ["draw_means", "start_parameters"]
+
+
+def start_parameters(
+    means: Tensor, data: Standardised, covariance_type: CovarianceType
+) -> Parameters:
+    """Return a mixture of the given means, with the data's variances and equal weights.
+
+    For "full" the covariances are diagonals, `(*batch, K, D)`; see `with_matrices`.
+    """
+    *batch, count, _ = means.shape
+    variance = data.variance + data.floor
+    if covariance_type == "spherical":
+        covariances = variance.mean(-1).expand(*batch, count)
+    elif covariance_type == "tied":
+        covariances = torch.diag_embed(variance.squeeze(-2))
+    else:
+        covariances = variance.expand_as(means)
+    return Parameters(means.new_full((*batch, count), 1 / count), means, covariances)
+
+
+def draw_means(
+    data: Sequence[Standardised],
+    stacks: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    weighted: bool,
+    options: FitOptions,
+) -> list[Tensor]:
+    """Return K_m rows of each modality, `(*batch, K_m, D)`, stacked as the data are.
+
+    The first rank draws them among the samples of all ranks; a row has gradient on its own rank.
+    `stacks` says which modalities each of `data` is, `sizes` how many of their rows are no padding,
+    and `weighted` whether this rank was given weights.
+    """
+    ranks = options.ranks
+    pairs = list(zip(data, stacks, strict=True))
+    features = [x for own, stack in pairs for x in unstack_modalities(own.x, len(stack))]
+    masses = [mass for own, stack in pairs for mass in unstack_modalities(own.mass, len(stack))]
+    if any(x.shape[-2] > size for x, size in zip(features, sizes, strict=True)):
+        features = [x[..., :size, :] for x, size in zip(features, sizes, strict=True)]
+        masses = [mass[..., :size] for mass, size in zip(masses, sizes, strict=True)]
+    gathered = ranks.gather_on_first(features, masses, weighted)
+    if ranks.is_first:
+        chosen = _draw_together(
+            gathered.features, gathered.masses, gathered.weighted, counts, options
+        )
+    else:
+        batch, device = features[0].shape[:-2], features[0].device
+        chosen = [torch.empty(*batch, k, dtype=torch.long, device=device) for k in counts]
+    if ranks.group is None:
+        return [
+            take_rows(own.x, stack_modalities([chosen[m] for m in stack])) for own, stack in pairs
+        ]
+
+    chosen = [i - start for i, start in zip(ranks.broadcast(chosen), gathered.starts, strict=True)]
+    here = [(i >= 0) & (i < size) for i, size in zip(chosen, sizes, strict=True)]
+    means = []
+    for own, stack in pairs:
+        index = stack_modalities([chosen[m] for m in stack]).clamp(0, own.x.shape[-2] - 1)
+        mine = stack_modalities([here[m] for m in stack]).unsqueeze(-1)
+        means.append(torch.where(mine, take_rows(own.x, index), 0.0))
+    return ranks.sum(means)
+
+
+def _draw_together(
+    features: Sequence[Tensor],
+    masses: Sequence[Tensor],
+    weighted: bool,
+    counts: Sequence[int],
+    options: FitOptions,
+) -> list[Tensor]:
+    """Return the indices `(*batch, K_m)` of each modality's seeds.
+
+    Modalities of equal size are paired: the same rows seed all of them.
+    """
+    sizes = {x.shape[-2] for x in features}
+    if len(features) == 1 or len(sizes) > 1 or sizes == {0}:
+        return [
+            _draw(x, mass, count, options)
+            for x, mass, count in zip(features, masses, counts, strict=True)
+        ]
+    # Standardised, all modalities have the same spread, and count alike.
+    joint = _joint_mass(masses) if weighted else masses[0]
+    paired = _draw(torch.cat(list(features), -1), joint, max(counts), options)
+    if not weighted:
+        return [paired[..., :count] for count in counts]
+    # Without a complete row there is nothing to pair.
+    unpaired = _draw(torch.stack(list(features)), torch.stack(list(masses)), max(counts), options)
+    chosen = torch.where(joint.sum(-1, keepdim=True) > 0, paired, unpaired)
+    return [index[..., :count] for index, count in zip(chosen, counts, strict=True)]
+
+
+def _joint_mass(masses: Sequence[Tensor]) -> Tensor:
+    """Return the weights of the complete rows; a modality absent altogether does not count."""
+    joint = torch.ones_like(masses[0])
+    for mass in masses:
+        # Relative to the largest weight: a product of many masses 1/N would leave the range.
+        most = mass.amax(-1, keepdim=True)
+        joint = joint * torch.where(most == 0, 1.0, mass / most)
+    return joint.detach()
+
+
+def _draw(x: Tensor, mass: Tensor, count: int, options: FitOptions) -> Tensor:
+    """Return the indices `(*batch, count)` of samples to start from.
+
+    "kmeans++" draws each with probability proportional to its weight times its squared distance to
+    the nearest one drawn before; "random" draws without replacement while there are samples left.
+    The draw is by the samples' order along a random direction, so that it does not depend on the
+    order of the batch.
+    """
+    if x.shape[-2] == 0:
+        return torch.zeros(*x.shape[:-2], count, dtype=torch.long, device=x.device)
+    generator = options.generator
+    with torch.no_grad():
+        direction = torch.randn(x.shape[-1], generator=generator, device=x.device).to(x.dtype)
+        order = (x @ direction).argsort(-1)
+        x, mass = take_rows(x, order), mass.gather(-1, order)
+        draw = _draw_distinct if options.init == "random" else _draw_far
+        return order.gather(-1, draw(x, mass, count, generator))
+
+
+def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    *batch, rows, dim = x.shape
+    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype).split(1, -1)
+    first = mass.cumsum(-1)
+    chance, cumulative = mass, first
+    chosen: list[Tensor] = []
+    for draw in draws:
+        row = torch.searchsorted(cumulative, draw * cumulative[..., -1:], right=True)
+        row = row.clamp_max(rows - 1)
+        chosen.append(row)
+        distance = (x - x.gather(-2, row.unsqueeze(-1).expand(*batch, 1, dim))).square().sum(-1)
+        chance = mass * distance if chance is mass else torch.minimum(chance, mass * distance)
+        cumulative = chance.cumsum(-1)
+        # With fewer distinct samples than components, draw any of them.
+        cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
+    return torch.cat(chosen, -1)
+
+
+def _draw_distinct(
+    x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None
+) -> Tensor:
+    # Exponential races: the order of arrival of clocks with rates `mass` is a weighted draw
+    # without replacement. Absent samples never arrive.
+    clocks = torch.rand(mass.shape, generator=generator, device=mass.device).to(mass.dtype)
+    order = torch.where(mass > 0, -torch.log1p(-clocks) / mass, math.inf).argsort(-1)
+    there = (mass > 0).sum(-1, keepdim=True).clamp_min(1)
+    turns = torch.arange(count, device=mass.device).expand(*mass.shape[:-1], count)
+    return order.gather(-1, turns % there)
