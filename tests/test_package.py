@@ -95,7 +95,6 @@ def test_imports_run_one_way(path):
         assert target == part or target in ALLOWED[part], f"{part} must not import {target}"
 
 
-@pytest.mark.xfail(strict=False, reason="parts still import what others do not export")
 @pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *MODULES], ids=_place)
 def test_parts_import_only_what_others_export(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -109,7 +108,6 @@ def test_parts_import_only_what_others_export(path):
     assert not inside, f"{part} imports what is not exported: {', '.join(inside)}"
 
 
-@pytest.mark.xfail(strict=False, reason="some modules have no __all__ yet")
 @pytest.mark.parametrize("path", MODULES, ids=_place)
 def test_modules_export_names_that_they_have(path):
     """Every module has a docstring and `__all__`, whose names it defines or imports."""
@@ -130,7 +128,6 @@ def test_modules_export_names_that_they_have(path):
     assert set(names) <= bound
 
 
-@pytest.mark.xfail(strict=False, reason="some files have not been divided yet")
 @pytest.mark.parametrize("path", MODULES, ids=_place)
 def test_files_are_short(path):
     limit = 600 if path.parent == PACKAGE / "ops" / "_triton" else 500

@@ -316,7 +316,7 @@ def test_what_has_no_weight_is_not_computed(monkeypatch):
         raise AssertionError("solved")
 
     with monkeypatch.context() as patch:
-        patch.setattr("multialign.prototypes.multi_marginal_sinkhorn", refuse)
+        patch.setattr("multialign.prototypes.solve_problem", refuse)
         module = PrototypeAlignmentLoss(2, transport_weight=0.0, **seeded())
         torch.testing.assert_close(module(x), both.prototype_loss)
         with pytest.raises(AssertionError, match="solved"):
