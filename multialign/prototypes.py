@@ -32,7 +32,7 @@ from multialign.mixture import (
 )
 from multialign.ops import Backend
 from multialign.transport.options import Method, SolverOptions
-from multialign.transport.problem import make_problem
+from multialign.transport.prepare import make_problem
 from multialign.transport.solution import TransportSolution
 from multialign.transport.solver import solve_problem
 

@@ -22,7 +22,8 @@ from multialign._validation import (
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
 from multialign.transport.options import Method, SolverOptions, default_tolerance
-from multialign.transport.problem import Problem, make_problem
+from multialign.transport.prepare import make_problem
+from multialign.transport.problem import Problem
 from multialign.transport.solution import TransportSolution
 from multialign.transport.solver import solve_problem
 

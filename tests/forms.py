@@ -3,7 +3,7 @@
 from multialign.transport import hessian
 from multialign.transport.forms import base
 from multialign.transport.options import SolverOptions
-from multialign.transport.problem import make_problem
+from multialign.transport.prepare import make_problem
 from multialign.transport.solver import solve_problem
 
 # The form of the plan by case. The last two are how Newton's equation is solved for many atoms.

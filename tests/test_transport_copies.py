@@ -11,7 +11,7 @@ from multialign.transport import hessian
 from multialign.transport.forms import base, copies
 from multialign.transport.forms.choose import make_form
 from multialign.transport.options import SolverOptions
-from multialign.transport.problem import make_problem
+from multialign.transport.prepare import make_problem
 from multialign.transport.solver import solve_problem
 from tests import reference
 

@@ -12,7 +12,7 @@ from multialign.transport.forms.dense import Table
 from multialign.transport.forms.guarded import Guarded, RangeError
 from multialign.transport.forms.pairwise import Pairwise
 from multialign.transport.forms.triangle import Triangle
-from multialign.transport.problem import make_problem
+from multialign.transport.prepare import make_problem
 from tests import reference
 from tests.forms import force_hessian, solve_in
 

@@ -25,7 +25,7 @@ from multialign.ops._triton import small
 from multialign.transport import message_sweeps, solver
 from multialign.transport.forms import choose
 from multialign.transport.options import SolverOptions
-from multialign.transport.problem import make_problem
+from multialign.transport.prepare import make_problem
 
 ROOT = Path(__file__).parents[1]
 # The interpreter computes with numpy, which warns of log 0 and of inf - inf.

@@ -66,7 +66,7 @@ def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     """
     costs, scopes, marginals, *rest = problem.flatten()
     value: Tensor = _DualValue.apply(
-        form, scopes, len(costs), potentials, *rest, *costs, *marginals
+        form, bool(problem.forbidden), scopes, len(costs), potentials, *rest, *costs, *marginals
     )
     return value
 
@@ -101,7 +101,15 @@ def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) 
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
     solution: Tensor = _Solve.apply(
-        form, scopes, len(costs), right, potentials, *rest, *costs, *marginals
+        form,
+        bool(problem.forbidden),
+        scopes,
+        len(costs),
+        right,
+        potentials,
+        *rest,
+        *costs,
+        *marginals,
     )
     return solution
 
@@ -126,6 +134,7 @@ class _DualValue(torch.autograd.Function):
     @staticmethod
     def forward(
         form: FormName,
+        forbids: bool,
         scopes: list[int],
         count: int,
         potentials: Tensor,
@@ -137,25 +146,26 @@ class _DualValue(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.how = inputs[:3]
-        ctx.save_for_backward(*inputs[3:])
+        ctx.how = inputs[:4]
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        form, scopes, count = ctx.how
+        form, forbids, scopes, count = ctx.how
         potentials, epsilon, deviation, *tables = ctx.saved_tensors
         costs, marginals = tables[:count], tables[count:]
-        problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+        problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
         if torch.is_grad_enabled():
             potentials = attach(problem, potentials, form)
         plans = read_marginals(problem, potentials, problem.edges, form)
         by_costs = [grad.reshape(len(grad), *[1] * (p.ndim - 1)) * p for p in plans]
         by_marginals = (grad * epsilon).unsqueeze(-1) * potentials
-        cost = sum((p * c).flatten(1).sum(-1) for p, c in zip(plans, costs, strict=True))
+        tables = problem.costs.values()
+        cost = sum((p * c).flatten(1).sum(-1) for p, c in zip(plans, tables, strict=True))
         inner = (potentials * torch.cat(marginals, -1)).sum(-1)
         by_epsilon = grad * (inner - cost / epsilon)
         blocks = by_marginals.split(problem.sizes, -1)
-        return None, None, None, None, by_epsilon, None, *by_costs, *blocks
+        return None, None, None, None, None, by_epsilon, None, *by_costs, *blocks
 
 
 class _Marginals(torch.autograd.Function):
@@ -186,6 +196,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(
         form: FormName,
+        forbids: bool,
         scopes: list[int],
         count: int,
         right: Tensor,
@@ -196,14 +207,14 @@ class _Solve(torch.autograd.Function):
     ) -> Tensor:
         costs, marginals = list(tables[:count]), list(tables[count:])
         solution: Tensor = _solve_hessian(
-            costs, scopes, marginals, epsilon, deviation, potentials, right, form
+            costs, scopes, marginals, epsilon, deviation, potentials, right, forbids, form
         )
         return solution
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.how = inputs[:3]
-        ctx.save_for_backward(*inputs[4:])
+        ctx.how = inputs[:4]
+        ctx.save_for_backward(*inputs[5:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -213,7 +224,7 @@ class _Solve(torch.autograd.Function):
             solution = _Solve.forward(*ctx.how, grad, *saved)
         if torch.is_grad_enabled():
             solution = _FirstOnly.apply(solution, grad, *saved)
-        return None, None, None, solution, *[None] * len(saved)
+        return None, None, None, None, solution, *[None] * len(saved)
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -298,7 +309,7 @@ def _marginals_backward(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "Tensor potentials, Tensor right, str form) -> Tensor"
+        "Tensor potentials, Tensor right, bool forbids, str form) -> Tensor"
     ),
 )
 def _solve_hessian(
@@ -309,9 +320,12 @@ def _solve_hessian(
     deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
+    forbids: bool,
     form: FormName,
 ) -> Tensor:
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
+    if forbids:
+        problem = problem.without_empty_masks()
     level = make_form(problem, torch.float64, "torch", form).at(epsilon)
     hessian = level.evaluate(potentials).hessian
     damping, tolerance = torch.full_like(epsilon, _DAMPING), torch.full_like(epsilon, _RESIDUAL)
@@ -341,6 +355,7 @@ def _(
     deviation: Tensor,
     potentials: Tensor,
     right: Tensor,
+    forbids: bool,
     form: FormName,
 ) -> Tensor:
     return torch.empty_like(right)

@@ -38,6 +38,8 @@ _LEVEL_FACTOR = 4.0
 _LEVEL_POWER = 1.5
 _LEVEL_ERRORS = (1e-8, 0.1)
 _LEVEL_RELATIVE_ERROR = 0.5
+# From this many epsilon on, the constants in potentials matter to their digits.
+_FAR = 1e6
 # Added to the scaled Hessian: the error, within bounds.
 _DAMPING = (1e-13, 1e-2)
 # The part of the right side that conjugate gradients may leave: the error, and at most this.
@@ -197,6 +199,8 @@ def _descend(
             # Potentials in cost units, epsilon x, change little as epsilon falls.
             ratio = (level.epsilon / lower.epsilon).unsqueeze(-1)
             right = gradient + (ratio - 1) * level.tangent(potentials, now)
+            if float((largest / lower.epsilon).max()) > _FAR:
+                potentials = form.balance(potentials, now.log_total)
             potentials, level = ratio * potentials, lower
         if any(renewed):
             bounds = gradient.new_tensor([descent.accuracy(tolerance) for descent in descents])

@@ -59,7 +59,8 @@ def sinkhorn(problem: Problem, form: Form, tolerance: float, max_iterations: int
         potentials = torch.where(active.unsqueeze(-1), swept, potentials)
         iterations = iterations + active * times
         level_sweeps = level_sweeps + times
-        error = (level.marginals(potentials)[1] - wanted).abs().sum(-1)
+        log_total, marginals = level.marginals(potentials)
+        error = (marginals - wanted).abs().sum(-1)
         arrived = level.epsilon <= target
         # A non-finite error never falls again: there is nothing to wait for.
         active = active & error.isfinite() & ~(arrived & (error <= tolerance))
@@ -71,7 +72,7 @@ def sinkhorn(problem: Problem, form: Form, tolerance: float, max_iterations: int
         lower = torch.maximum(target, level.epsilon / _LEVEL_FACTOR)
         lower = torch.where(falls, lower, level.epsilon)
         # The potentials in cost units, epsilon x, are what stays the same.
-        potentials = potentials * (level.epsilon / lower).unsqueeze(-1)
+        potentials = form.balance(potentials, log_total) * (level.epsilon / lower).unsqueeze(-1)
         level = form.at(lower)
     return finish(problem, form, level, potentials, iterations)
 

@@ -21,7 +21,8 @@ from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.implicit import log_total
 from multialign.transport.newton import newton
 from multialign.transport.options import Method, SolverOptions, default_tolerance
-from multialign.transport.problem import Problem, make_problem, unflatten_problem
+from multialign.transport.prepare import make_problem
+from multialign.transport.problem import Problem, unflatten_problem
 from multialign.transport.sinkhorn import Iterate, finish, sinkhorn
 from multialign.transport.solution import TransportSolution
 
@@ -140,6 +141,7 @@ def solve_problem(
                 options.max_iterations,
                 backend,
                 symmetric,
+                bool(problem.forbidden),
                 form,
             )
         )
@@ -169,7 +171,7 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
         "str method, bool single, float tolerance, int max_iterations, "
-        "str backend, bool symmetric, str form) -> (Tensor, Tensor, Tensor)"
+        "str backend, bool symmetric, bool forbids, str form) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -184,6 +186,7 @@ def _solve(
     max_iterations: int,
     backend: Implementation,
     symmetric: bool,
+    forbids: bool,
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
@@ -191,13 +194,15 @@ def _solve(
     This is one operator, since the number of iterations depends on the data: torch.compile does not
     look inside, and torch.func.vmap makes one larger batch.
     """
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
     if not len(epsilon):
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
+    if forbids:
+        problem = problem.without_empty_masks()
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        if method == "newton" and form == "auto":
+        if method == "newton" and form == "auto" and not problem.forbidden:
             iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
         if iterate is None:
             if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
@@ -214,6 +219,11 @@ def _solve(
         iterate.potentials.repeat(1, count), iterate.iterations.clone(), count * iterate.error
     )
     stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
+    if forbids:
+        # Where nothing allowed meets the marginals the error may be NaN; so it is for NaN input.
+        inputs = [*problem.costs.values(), *problem.marginals, epsilon.unsqueeze(-1)]
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in inputs]).all(0)
+        stopped = stopped | (finite & ~iterate.error.isfinite())
     if bool(stopped.any()):
         warnings.warn(
             f"{int(stopped.sum())} of {stopped.numel()} transport problems did not reach "
@@ -238,6 +248,7 @@ def _(
     max_iterations: int,
     backend: Implementation,
     symmetric: bool,
+    forbids: bool,
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.empty_like(torch.cat(marginals, -1))

@@ -74,6 +74,19 @@ class Form(ABC):
             return pairwise_hessian(self.scaling, found)
         return DenseHessian(self.scaling, lambda: self._matrix.fill(found.joined(), found.tables))
 
+    def balance(self, potentials: Tensor, log_total: Tensor) -> Tensor:
+        """Divide the plan by its sum, and give all variables the same mean potential.
+
+        Constants that cancel would cost digits.
+        """
+        blocks = potentials.split(self.problem.sizes, -1)
+        means = [
+            (x * nu).sum(-1, keepdim=True)
+            for x, nu in zip(blocks, self.problem.marginals, strict=True)
+        ]
+        common = torch.stack(means).mean(0) - log_total.unsqueeze(-1) / len(means)
+        return torch.cat([x + (common - m) for x, m in zip(blocks, means, strict=True)], -1)
+
     @cached_property
     def _matrix(self) -> ScaledMatrix:
         return ScaledMatrix(self.scaling)

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import Beliefs, Edge, axes_without, join
+from multialign.transport.elimination import Beliefs, Edge, Scope, axes_without, join
 from multialign.transport.forms.base import Evaluation, Form, Level, moved_by
 from multialign.transport.forms.pair_sweeps import PairSweeps
 from multialign.transport.hessian import DenseHessian
@@ -86,6 +86,9 @@ class Vector(_Dense):
         self.incidence = _incidence(tuple(problem.sizes), problem.epsilon.device)
         self.cost = join(problem.costs, problem.sizes).flatten(1)
         self.absent = self.scaling.absent.double() @ self.incidence.mT > 0
+        if problem.forbidden:
+            masks = {scope: mask.double() for scope, mask in problem.forbidden.items()}
+            self.absent |= join(masks, problem.sizes).flatten(1) > 0
 
     def at(self, epsilon: Tensor) -> Level:
         """Return the plan at epsilon `(B,)`."""
@@ -136,7 +139,10 @@ class Table(_Dense):
         self.axes = {scope: axes_without(scope, count) for scope in combinations(range(count), 2)}
         # Atoms of mass 0 are left out by an infinite cost.
         masks = [torch.where(nu == 0, -math.inf, 0.0) for nu in problem.marginals]
-        self.mask = join({(p,): mask for p, mask in enumerate(masks)}, problem.sizes)
+        tables: dict[Scope, Tensor] = {(p,): mask for p, mask in enumerate(masks)}
+        for scope, mask in problem.forbidden.items():
+            tables[scope] = torch.where(mask, -math.inf, 0.0)
+        self.mask = join(tables, problem.sizes)
 
     def at(self, epsilon: Tensor) -> Level:
         """Return the plan at epsilon `(B,)`."""
