@@ -247,7 +247,9 @@ VARIANTS = {
     "sinkhorn biased": replace(
         _sinkhorn_chain,
         options={"graph": "chain", "debias": False},
-        pads=False,  # of costs equal up to rounding, epsilon is of the size of the rounding
+        # Of costs equal up to rounding, epsilon is of the size of the rounding.
+        pads=False,
+        translates=False,
         zero=False,
     ),
     # At a small epsilon sweeps stop early, with a warning: what has to hold is what holds of any

@@ -55,23 +55,28 @@ def absorb(
     """Return costs without offsets, the offsets, the costs' deviation, and what is forbidden."""
     forbidden = {scope: cost == math.inf for scope, cost in costs.items()}
     scopes = [variable for scope in costs for variable in scope]
-    parts = _offsets(
-        [cost.detach() for cost in costs.values()],
-        scopes,
-        [nu.detach() for nu in marginals],
-        epsilon.detach(),
+    detached = [nu.detach() for nu in marginals]
+    found = _potentials(
+        [cost.detach() for cost in costs.values()], scopes, detached, epsilon.detach()
     )
-    *parts, deviation = parts
     offsets = [torch.zeros_like(nu) for nu in marginals]
     left: dict[Scope, Tensor] = {}
+    variance = torch.zeros_like(epsilon)
     for scope, cost in costs.items():
-        own, parts = parts[: len(scope)], parts[len(scope) :]
-        for p, part in zip(scope, own, strict=True):
-            offsets[p] = offsets[p] + part
+        extreme, *own = found[: 1 + len(scope)]
+        found = found[1 + len(scope) :]
         # Infinity less a number is masked before, since its gradient would be NaN.
         finite = cost.masked_fill(forbidden[scope], 0.0)
+        means = _means(finite, [detached[p] for p in scope])
+        rows = extreme.unsqueeze(-1) > 0
+        own = [torch.where(rows, x, mean) for x, mean in zip(own, means, strict=True)]
         left[scope] = (finite - _sum(own, scope)).masked_fill(forbidden[scope], 0.0)
-    return left, offsets, deviation, forbidden
+        weighted = left[scope].detach().square()
+        for p, part in zip(scope, own, strict=True):
+            offsets[p] = offsets[p] + part
+            weighted = weighted * along(detached[p], p, scope)
+        variance = variance + weighted.flatten(1).sum(1)
+    return left, offsets, variance.sqrt(), forbidden
 
 
 def _sum(parts: Sequence[Tensor], scope: Scope) -> Tensor:
@@ -83,48 +88,42 @@ def _sum(parts: Sequence[Tensor], scope: Scope) -> Tensor:
 
 
 @torch.library.custom_op(
-    "multialign::cost_offsets",
+    "multialign::cost_potentials",
     mutates_args=(),
     schema="(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon) -> Tensor[]",
 )
-def _offsets(
+def _potentials(
     costs: list[Tensor], scopes: list[int], marginals: list[Tensor], epsilon: Tensor
 ) -> list[Tensor]:
-    """Return a vector `(B, K_p)` for each axis of each table, and the deviation `(B,)`.
+    """Return for each table whether it is extreme, `(B,)`, and its rounded potentials `(B, K_p)`.
 
-    This is one operator, since it depends on the data whether a table is extreme.
+    This is one operator, since it depends on the data what has to be solved.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, epsilon, forbids=True)
-    offsets: list[Tensor] = []
-    variance = torch.zeros_like(epsilon)
+    found = []
     for scope, cost in problem.costs.items():
+        extreme = cost.abs().flatten(1).amax(1) > _LARGEST_COST * epsilon
         own = [marginals[p] for p in scope]
-        parts = _table_offsets(cost, problem.forbidden[scope], own, epsilon)
-        left = (cost - _sum(parts, scope)).masked_fill(problem.forbidden[scope], 0.0)
-        weighted = left.square()
-        for p, nu in zip(scope, own, strict=True):
-            weighted = weighted * along(nu, p, scope)
-        variance = variance + weighted.flatten(1).sum(1)
-        offsets += parts
-    return [*(part.clone() for part in offsets), variance.sqrt()]
+        found += [
+            extreme.double(),
+            *_rounded_potentials(cost, problem.forbidden[scope], own, epsilon, extreme),
+        ]
+    return found
 
 
-def _table_offsets(
-    cost: Tensor, forbidden: Tensor, marginals: Sequence[Tensor], epsilon: Tensor
+def _rounded_potentials(
+    cost: Tensor, forbidden: Tensor, marginals: Sequence[Tensor], epsilon: Tensor, extreme: Tensor
 ) -> list[Tensor]:
-    """Return a vector `(B, K_p)` for each axis: of extreme problems potentials, else means."""
-    largest = cost.abs().flatten(1).amax(1)
+    """Return the potentials of a table's own problem, 0 where it is not extreme."""
     scope = tuple(range(len(marginals)))
-    extreme = largest > _LARGEST_COST * epsilon
-    parts = _means(cost, marginals)
-    parts = [torch.where(extreme.unsqueeze(-1), 0.0, part) for part in parts]
+    largest = cost.abs().flatten(1).amax(1)
+    parts = [torch.zeros_like(nu) for nu in marginals]
     unit = torch.exp2(largest.log2().ceil())
     # After one round the costs that a plan uses are a few units; the next round has a smaller one.
     while bool((extreme & (unit > _LARGEST_COST * _COARSE * epsilon)).any()):
         unit = unit * _COARSE
-        left = (cost - _sum(parts, scope)).masked_fill(forbidden, 0.0)
         problem = Problem(
-            costs={scope: left},
+            costs={scope: (cost - _sum(parts, scope)).masked_fill(forbidden, 0.0)},
             offsets=[],
             marginals=list(marginals),
             epsilon=torch.maximum(unit, epsilon),
@@ -143,7 +142,7 @@ def _table_offsets(
 
 
 def _means(cost: Tensor, marginals: Sequence[Tensor]) -> list[Tensor]:
-    """Return the means given each variable; all but the first have the total mean removed."""
+    """Return the means given each variable, less a share of the total mean."""
     scope = tuple(range(len(marginals)))
     means = []
     for axis in scope:
@@ -153,14 +152,19 @@ def _means(cost: Tensor, marginals: Sequence[Tensor]) -> list[Tensor]:
             weighted = weighted * along(marginals[other], other, scope)
         means.append(weighted.sum([1 + other for other in others]))
     total = (means[0] * marginals[0]).sum(-1, keepdim=True)
-    return [means[0], *(mean - total for mean in means[1:])]
+    share = total * ((len(means) - 1) / len(means))
+    return [mean - share for mean in means]
 
 
-@_offsets.register_fake
+@_potentials.register_fake
 def _(
     costs: list[Tensor], scopes: list[int], marginals: list[Tensor], epsilon: Tensor
 ) -> list[Tensor]:
-    return [*(torch.empty_like(marginals[p]) for p in scopes), torch.empty_like(epsilon)]
+    found, variables = [], iter(scopes)
+    for cost in costs:
+        found.append(torch.empty_like(epsilon))
+        found += [torch.empty_like(marginals[next(variables)]) for _ in cost.shape[1:]]
+    return found
 
 
-register_batched_vmap(_offsets)
+register_batched_vmap(_potentials)

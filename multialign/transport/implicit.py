@@ -97,6 +97,16 @@ def read_marginals(
     return [table * total.reshape(len(total), *[1] * (table.ndim - 1)) for table in tables]
 
 
+def _read_tables(problem: Problem, potentials: Tensor, form: FormName) -> list[Tensor]:
+    """Return the marginals of the plan over the variables of each cost table; without gradient."""
+    unaries, pairs = problem.unaries(potentials), problem.pairs(problem.epsilon)
+    if _is_whole(problem, form):
+        return read_marginals(problem, potentials, problem.edges, form)
+    edges = _flat(list(pairs))
+    found: list[Tensor] = _marginals([*unaries, *pairs.values()], edges, edges)
+    return found[1:]
+
+
 def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
@@ -155,9 +165,12 @@ class _DualValue(torch.autograd.Function):
         potentials, epsilon, deviation, *tables = ctx.saved_tensors
         costs, marginals = tables[:count], tables[count:]
         problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
-        if torch.is_grad_enabled():
+        # A graph of the derivative is wanted; torch.compile makes none.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             potentials = attach(problem, potentials, form)
-        plans = read_marginals(problem, potentials, problem.edges, form)
+            plans = read_marginals(problem, potentials, problem.edges, form)
+        else:
+            plans = _read_tables(problem, potentials, form)
         by_costs = [grad.reshape(len(grad), *[1] * (p.ndim - 1)) * p for p in plans]
         by_marginals = (grad * epsilon).unsqueeze(-1) * potentials
         tables = problem.costs.values()
