@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal
@@ -29,6 +29,7 @@ from multialign.transport.solver import solve_problem
 
 __all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
 
+Cost = Literal["sqeuclidean"] | Callable[[Tensor, Tensor], Tensor]
 Graph = Literal["complete", "chain", "star", "cycle"] | Sequence[tuple[int, int]]
 
 GRAPHS = ("complete", "chain", "star", "cycle")
@@ -43,6 +44,8 @@ def multi_marginal_sinkhorn_loss(
     epsilon: float | None = None,
     graph: Graph = "complete",
     debias: bool = True,
+    cost: Cost = "sqeuclidean",
+    marginal_relaxation: float | Sequence[float | None] | None = None,
     tolerance: float | None = None,
     max_iterations: int = 2000,
     method: Method = "auto",
@@ -74,6 +77,13 @@ def multi_marginal_sinkhorn_loss(
         graph: Between which clouds the cost acts: "complete", "chain" (each with the next),
             "star" (the first with every other), "cycle", or a list of pairs (i, j).
         debias: Whether the second term is there. Without it the value may be negative.
+        cost: "sqeuclidean", or a function of two tensors of points :math:`(*\text{batch}, N_i, D)`
+            and :math:`(*\text{batch}, N_j, D)` that returns their costs
+            :math:`(*\text{batch}, N_i, N_j)`.
+        marginal_relaxation: As in :func:`multi_marginal_sinkhorn`, for ``debias=False`` only.
+            Weights are normalised as ever, and the entropy is taken relative to the product of the
+            marginals, :math:`\epsilon \operatorname{KL}(T | \nu_1 \otimes \dots \otimes \nu_M)`,
+            as in geomloss, OTT and POT's default: splitting a sample into copies changes nothing.
         tolerance: As in :func:`multi_marginal_sinkhorn`, but None is 1e-6 for any dtype: the
             divergence is a small difference of large values, computed in float64.
         max_iterations: As in :func:`multi_marginal_sinkhorn`.
@@ -101,7 +111,7 @@ def multi_marginal_sinkhorn_loss(
         >>> multi_marginal_sinkhorn_loss([x, x + 1.0, x + 2.0])
         tensor(12.)
     """
-    _check_options(epsilon, graph)
+    _check_options(epsilon, graph, debias, cost, marginal_relaxation)
     options = SolverOptions(
         tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
     )
@@ -113,10 +123,10 @@ def multi_marginal_sinkhorn_loss(
 
     with full_precision(samples.features[0]):
         # In float64 throughout: the divergence is a small difference of large values.
-        problem = _joint_problem(samples, edges, epsilon, torch.float64)
+        problem = _joint_problem(samples, edges, epsilon, cost, marginal_relaxation, torch.float64)
         if not debias:
             return solve_problem(problem, options).value.mean().to(dtype)
-        selves, potentials = _self_terms(samples, edges, problem.epsilon, options)
+        selves, potentials = _self_terms(samples, edges, problem.epsilon, cost, options)
         solution = solve_problem(problem, options, candidate=potentials)
         return (solution.value - selves).mean().to(dtype)
 
@@ -137,6 +147,9 @@ class MultiMarginalSinkhornLoss(nn.Module):
             of the costs.
         graph: "complete", "chain", "star", "cycle", or a list of pairs (i, j).
         debias: Whether the second term is there.
+        cost: "sqeuclidean", or a function of two tensors of points.
+        marginal_relaxation: None for hard constraints, or the weights of their penalties, in
+            squared units of the points.
         tolerance: As in :func:`multi_marginal_sinkhorn_loss`; of :meth:`solve`, as in
             :func:`multi_marginal_sinkhorn`.
         max_iterations: As in :func:`multi_marginal_sinkhorn`.
@@ -163,16 +176,20 @@ class MultiMarginalSinkhornLoss(nn.Module):
         epsilon: float | None = None,
         graph: Graph = "complete",
         debias: bool = True,
+        cost: Cost = "sqeuclidean",
+        marginal_relaxation: float | Sequence[float | None] | None = None,
         tolerance: float | None = None,
         max_iterations: int = 2000,
         method: Method = "auto",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_options(epsilon, graph)
+        _check_options(epsilon, graph, debias, cost, marginal_relaxation)
         self.epsilon = epsilon
         self.graph = graph
         self.debias = debias
+        self.cost = cost
+        self.marginal_relaxation = marginal_relaxation
         self.tolerance = tolerance
         self.max_iterations = max_iterations
         self.method = method
@@ -191,6 +208,8 @@ class MultiMarginalSinkhornLoss(nn.Module):
             epsilon=self.epsilon,
             graph=self.graph,
             debias=self.debias,
+            cost=self.cost,
+            marginal_relaxation=self.marginal_relaxation,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
             method=self.method,
@@ -207,7 +226,9 @@ class MultiMarginalSinkhornLoss(nn.Module):
         edges = _edges(self.graph, len(samples.features))
         with full_precision(samples.features[0]):
             dtype = samples.features[0].dtype
-            problem = _joint_problem(samples, edges, self.epsilon, dtype)
+            problem = _joint_problem(
+                samples, edges, self.epsilon, self.cost, self.marginal_relaxation, dtype
+            )
             return solve_problem(problem, self._solver_options())
 
     def extra_repr(self) -> str:
@@ -225,6 +246,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
 
 
 Costs = dict[tuple[int, int], Tensor]
+Relaxation = float | Sequence[float | None] | None
 
 
 def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
@@ -256,6 +278,8 @@ def _joint_problem(
     samples: Samples,
     edges: Sequence[tuple[int, int]],
     epsilon: float | None,
+    cost: Cost,
+    relaxation: Relaxation,
     dtype: torch.dtype,
 ) -> Problem:
     """Return the transport problem between the clouds."""
@@ -265,9 +289,41 @@ def _joint_problem(
             math.prod(points[i].shape[:-1]) * points[j].shape[-2],
             "draw fewer points of each cloud, or solve fewer problems at once",
         )
-    costs = {(i, j): squared_euclidean_cost(points[i], points[j]) for i, j in edges}
+    costs = {(i, j): _cost_table(cost, points[i], points[j]) for i, j in edges}
     masses = [mass.double() for mass in samples.masses]
-    return make_problem(costs, masses, _epsilon(epsilon, samples, costs), dtype=dtype)
+    level = _epsilon(epsilon, samples, costs)
+    if relaxation is not None:
+        costs = _relative_to_product(costs, masses, level)
+    return make_problem(costs, masses, level, dtype=dtype, relaxation=relaxation)
+
+
+def _cost_table(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    """Return the costs between two clouds, `(*batch, N_i, N_j)`, in float64."""
+    if isinstance(cost, str):
+        return squared_euclidean_cost(x, y)
+    table = cost(x, y)
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(table, Tensor) or table.shape != expected:
+        got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+        raise ValueError(f"cost must return a tensor of shape {expected}; got {got}")
+    return table.double()
+
+
+def _relative_to_product(costs: Costs, masses: Sequence[Tensor], epsilon: Tensor) -> Costs:
+    """Return costs C - epsilon sum_i log nu_i over the atoms that are there.
+
+    With them the entropy is relative to the product of the marginals.
+    """
+    shifted = dict(costs)
+    for p, mass in enumerate(masses):
+        edge = next((edge for edge in shifted if p in edge), None)
+        if edge is None:  # no cost depends on this variable
+            edge = (0, max(p, 1))
+            sizes = [masses[q].shape[-1] for q in edge]
+            shifted[edge] = mass.new_zeros(*mass.shape[:-1], *sizes)
+        shift = epsilon.unsqueeze(-1) * mass.log().masked_fill(mass == 0, 0.0)
+        shifted[edge] = shifted[edge] - shift.unsqueeze(-1 if edge[0] == p else -2)
+    return shifted
 
 
 @torch.no_grad()
@@ -295,7 +351,11 @@ def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
 
 
 def _self_terms(
-    samples: Samples, edges: Sequence[tuple[int, int]], epsilon: Tensor, options: SolverOptions
+    samples: Samples,
+    edges: Sequence[tuple[int, int]],
+    epsilon: Tensor,
+    cost: Cost,
+    options: SolverOptions,
 ) -> tuple[Tensor, list[Tensor] | None]:
     """Return the mean over modalities present of MOT(a_i, ..., a_i), `(*batch)`, and potentials.
 
@@ -306,7 +366,7 @@ def _self_terms(
     """
     count = len(samples.features)
     sizes = {x.shape[-2] for x in samples.features}
-    symmetric = 2 * len(edges) == count * (count - 1)
+    symmetric = 2 * len(edges) == count * (count - 1) and isinstance(cost, str)
     # Clouds of equal size are solved side by side.
     groups = [list(range(count))] if len(sizes) == 1 else [[i] for i in range(count)]
     batch = samples.present[0].shape
@@ -315,11 +375,11 @@ def _self_terms(
     for group in groups:
         points = torch.stack([samples.features[i] for i in group]).double()
         masses = torch.stack([samples.masses[i] for i in group]).double()
-        cost = squared_euclidean_cost(points, points)
+        table = _cost_table(cost, points, points)
         # The copy in the place of an absent modality is absent too.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
         problem = make_problem(
-            dict.fromkeys(edges, cost), copies, epsilon.reshape(batch), dtype=torch.float64
+            dict.fromkeys(edges, table), copies, epsilon.reshape(batch), dtype=torch.float64
         )
         solution = solve_problem(problem, options, symmetric=symmetric)
         total = total + (solution.value * samples.present[group]).sum(0)
@@ -331,7 +391,16 @@ def _self_terms(
     return mean, potentials if symmetric else None
 
 
-def _check_options(epsilon: float | None, graph: Graph) -> None:
+def _check_options(
+    epsilon: float | None, graph: Graph, debias: bool, cost: Cost, relaxation: Relaxation
+) -> None:
+    if not callable(cost):
+        check_choice("cost", cost, ("sqeuclidean",))
+    if relaxation is not None and debias:
+        raise ValueError(
+            "marginal_relaxation needs debias=False: no debiased form of it is proven to be a "
+            f"divergence; got {relaxation!r} with debias=True"
+        )
     if epsilon is not None:
         check_positive("epsilon", epsilon)
     if isinstance(graph, str):

@@ -67,8 +67,9 @@ def test_all_that_is_read_of_a_plan_is_that_of_the_dense_one(count, absent, plai
     wanted = whole.marginals[0]
     right = wanted - now.marginals
     nothing = torch.full((2,), 1e-13)
-    found = now.hessian.solve(right, nothing, nothing, 100)
-    expected = dense.hessian.solve(right.repeat(1, count), nothing, nothing, 100)
+    found = now.hessian.solve(right, nothing.unsqueeze(-1), nothing, 100)
+    repeated = right.repeat(1, count)
+    expected = dense.hessian.solve(repeated, nothing.unsqueeze(-1), nothing, 100)
     expected = expected.view(2, count, 5).mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 

@@ -64,7 +64,7 @@ def test_solves_the_equation(graph, form):
     # Differences of marginals, and what moves the constant in all potentials.
     right = torch.cat(wanted, -1) - whole.joined()
     for r in (right, right + 0.3 * whole.joined()):
-        x = ours.solve(r, torch.full((2,), 1e-13), torch.full((2,), 1e-13), 500)
+        x = ours.solve(r, torch.full((2, 1), 1e-13), torch.full((2,), 1e-13), 500)
         image = (dense(whole) @ x.unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(image, r, rtol=0, atol=1e-9)
 
@@ -78,7 +78,7 @@ def test_a_step_ascends_however_inexact(graph, steps, damping, monkeypatch):
         known, whole, wanted = draw(GRAPHS[graph])
         ours = hessian.pairwise_hessian(hessian.Scaling(wanted, torch.float64), known)
         right = torch.cat(wanted, -1) - whole.joined()
-        x = ours.solve(right, torch.full((2,), damping), torch.full((2,), 1e-13), steps)
+        x = ours.solve(right, torch.full((2, 1), damping), torch.full((2,), 1e-13), steps)
         assert (torch.linalg.vecdot(x, right) > 0).all()
 
 
@@ -88,7 +88,7 @@ def test_damping_shortens_a_step(graph):
     ours = hessian.pairwise_hessian(hessian.Scaling(wanted, torch.float64), known)
     right, exact = torch.cat(wanted, -1) - whole.joined(), torch.full((2,), 1e-13)
     rises = [
-        torch.linalg.vecdot(ours.solve(right, torch.full((2,), d), exact, 500), right)
+        torch.linalg.vecdot(ours.solve(right, torch.full((2, 1), d), exact, 500), right)
         for d in (1e-13, 0.01, 0.1, 1.0)
     ]
     for less, more in pairwise(rises):

@@ -107,7 +107,8 @@ def test_all_that_is_read_of_a_plan_is_what_another_form_reads():
         )
         right = torch.cat(checked.marginals, -1) - now.marginals
         solved = [
-            e.hessian.solve(right, torch.full((2,), 1e-3), torch.zeros(2), 10) for e in (now, other)
+            e.hessian.solve(right, torch.full((2, 1), 1e-3), torch.zeros(2), 10)
+            for e in (now, other)
         ]
         torch.testing.assert_close(*solved, rtol=1e-8, atol=1e-9)
 

@@ -7,6 +7,7 @@ side of differences of marginals is orthogonal to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, combinations, pairwise
@@ -37,7 +38,9 @@ class Hessian(Protocol):
     """The matrix H of a plan, `(B, S, S)` with S the sum of sizes."""
 
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
-        """Solve (H + damping diag(nu)) x = right, `(B, S)`, orthogonal to the constants.
+        """Solve (H + diag(damping nu)) x = right, `(B, S)`, orthogonal to the constants.
+
+        `damping` is `(B, 1)` or `(B, S)`.
 
         An iterative solution leaves at most `tolerance` `(B,)` of the right side, if it can within
         `steps` steps.
@@ -47,13 +50,20 @@ class Hessian(Protocol):
 class Scaling:
     """The scaling of H by the marginals wanted, and what fills its null space.
 
-    Added to H is (root nu_p)(root nu_p)^T in the block of each p but the first. So the solution has
-    a mean of 0 in these, and its constant in the first.
+    Added to H is (root nu_p)(root nu_p)^T in the block of each hard p but the first. So the
+    solution has a mean of 0 in these, and its constant in the first.
     """
 
-    def __init__(self, marginals: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Prepare for equations solved in `dtype`."""
+    def __init__(
+        self, marginals: Sequence[Tensor], dtype: torch.dtype, relaxation: Sequence[float] = ()
+    ) -> None:
+        """Prepare for equations solved in `dtype`.
+
+        A marginal that is relaxed (rho < infinity) has no constant in the null space.
+        """
         self._marginals, self._dtype = list(marginals), dtype
+        every = range(len(marginals))
+        self._hard = [p for p in every if not relaxation or relaxation[p] == math.inf]
         self._parts: dict[tuple[int, ...], Scaling] = {}
         self.sizes = [marginal.shape[-1] for marginal in marginals]
         self.wanted = torch.cat(list(marginals), -1)
@@ -70,11 +80,12 @@ class Scaling:
     @cached_property
     def gauge(self) -> Tensor:
         """What is added to the scaled matrix, `(B, S, S)`; of absent atoms a unit matrix."""
-        gauge, start = torch.diag_embed(self.absent.to(self.root.dtype)), self.sizes[0]
-        for root in self.root.split(self.sizes, -1)[1:]:
-            own = slice(start, start + root.shape[-1])
+        gauge = torch.diag_embed(self.absent.to(self.root.dtype))
+        ends = list(accumulate(self.sizes, initial=0))
+        for p in self._hard[1:]:
+            own = slice(ends[p], ends[p + 1])
+            root = self.root[:, own]
             gauge[:, own, own].addcmul_(root.unsqueeze(-1), root.unsqueeze(-2))
-            start += root.shape[-1]
         return gauge
 
     @cached_property
@@ -128,14 +139,14 @@ class DenseHessian:
     def solve(self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int) -> Tensor:
         """Solve by a Cholesky factor; where rounding leaves none, by eigenvalues kept above 0."""
         inverse = self._scaling.inverse
-        matrix, damping = self._build(), damping.to(inverse.dtype).unsqueeze(-1)
+        matrix, damping = self._build(), damping.to(inverse.dtype)
         matrix.diagonal(dim1=-2, dim2=-1).add_(damping)
         factor, info = torch.linalg.cholesky_ex(matrix)
         scaled = (inverse * right.to(inverse.dtype)).unsqueeze(-1)
         solution = torch.cholesky_solve(scaled, factor)
         if any(info.tolist()):
             values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
-            values = torch.maximum(values, damping).unsqueeze(-1)
+            values = torch.maximum(values, damping.amin(-1, keepdim=True)).unsqueeze(-1)
             other = vectors @ ((vectors.mT @ scaled) / values)
             solution = torch.where((info == 0).view(-1, 1, 1), solution, other)
         return inverse * solution.squeeze(-1)
@@ -176,7 +187,7 @@ class AppliedHessian:
         self, right: Tensor, damping: Tensor, tolerance: Tensor, steps: int
     ) -> tuple[Tensor, bool]:
         inverse = self._scaling.inverse
-        damping = damping.to(inverse.dtype).unsqueeze(-1)
+        damping = damping.to(inverse.dtype)
         residual = inverse * right.to(inverse.dtype)
         solution = torch.zeros_like(residual)
         direction = residual
@@ -221,7 +232,7 @@ class BranchedHessian:
         """Solve it; damping is added to all marginals in the formula."""
         scaling, m = self._scaling, self._found.marginals
         dtype, count = scaling.root.dtype, len(scaling.sizes)
-        more = damping.to(dtype).unsqueeze(-1) * scaling.root.square()
+        more = damping.to(dtype) * scaling.root.square()
         more = more.masked_fill(scaling.absent, 1.0).split(scaling.sizes, -1)
         mass = [m[p] + more[p] for p in range(count)]
         # Products of smaller entries would be denormal, and slow.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from multialign.ops import logsumexp, register_batched_vmap
+from multialign.transport.dual import conjugate, relaxed_marginals
 from multialign.transport.elimination import (
     Edge,
     Scope,
@@ -60,13 +61,14 @@ def log_total(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
 
 
 def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
-    """Return epsilon (<x, nu> - log Z), `(B,)`, at the potentials x that maximise it.
+    """Return epsilon D(x), `(B,)`, at the potentials x that maximise D (see dual.py).
 
-    The plan sums to 1. It has first and second derivatives.
+    It has first and second derivatives.
     """
     costs, scopes, marginals, *rest = problem.flatten()
+    forbids, relaxation = bool(problem.forbidden), list(problem.relaxation)
     value: Tensor = _DualValue.apply(
-        form, bool(problem.forbidden), scopes, len(costs), potentials, *rest, *costs, *marginals
+        form, forbids, relaxation, scopes, len(costs), potentials, *rest, *costs, *marginals
     )
     return value
 
@@ -75,7 +77,7 @@ def attach(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     """Return the optimal potentials with their gradient."""
     singles = [(p,) for p in range(len(problem.marginals))]
     found = torch.cat(read_marginals(problem, potentials, singles, form), -1)
-    residual = torch.cat(problem.marginals, -1) - found
+    residual = torch.cat(relaxed_marginals(problem, potentials), -1) - found
     return potentials + _solve(problem, potentials, residual - residual.detach(), form)
 
 
@@ -108,18 +110,11 @@ def _read_tables(problem: Problem, potentials: Tensor, form: FormName) -> list[T
 
 
 def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
-    """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
+    """Solve with minus the Hessian of D at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
+    forbids, relaxation = bool(problem.forbidden), list(problem.relaxation)
     solution: Tensor = _Solve.apply(
-        form,
-        bool(problem.forbidden),
-        scopes,
-        len(costs),
-        right,
-        potentials,
-        *rest,
-        *costs,
-        *marginals,
+        form, forbids, relaxation, scopes, len(costs), right, potentials, *rest, *costs, *marginals
     )
     return solution
 
@@ -145,6 +140,7 @@ class _DualValue(torch.autograd.Function):
     def forward(
         form: FormName,
         forbids: bool,
+        relaxation: list[float],
         scopes: list[int],
         count: int,
         potentials: Tensor,
@@ -152,19 +148,23 @@ class _DualValue(torch.autograd.Function):
         deviation: Tensor,
         *tables: Tensor,
     ) -> Tensor:
-        return epsilon * (potentials * torch.cat(tables[count:], -1)).sum(-1)
+        marginals = list(tables[count:])
+        problem = unflatten_problem([], [], marginals, epsilon, deviation, False, relaxation)
+        terms = conjugate(problem, potentials) * torch.cat(marginals, -1)
+        return epsilon * (terms.sum(-1) - _excess(problem, potentials))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.how = inputs[:4]
-        ctx.save_for_backward(*inputs[4:])
+        ctx.how = inputs[:5]
+        ctx.save_for_backward(*inputs[5:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        form, forbids, scopes, count = ctx.how
+        form, forbids, relaxation, scopes, count = ctx.how
         potentials, epsilon, deviation, *tables = ctx.saved_tensors
-        costs, marginals = tables[:count], tables[count:]
-        problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
+        problem = unflatten_problem(
+            tables[:count], scopes, tables[count:], epsilon, deviation, forbids, relaxation
+        )
         # A graph of the derivative is wanted; torch.compile makes none.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             potentials = attach(problem, potentials, form)
@@ -172,13 +172,20 @@ class _DualValue(torch.autograd.Function):
         else:
             plans = _read_tables(problem, potentials, form)
         by_costs = [grad.reshape(len(grad), *[1] * (p.ndim - 1)) * p for p in plans]
-        by_marginals = (grad * epsilon).unsqueeze(-1) * potentials
-        tables = problem.costs.values()
-        cost = sum((p * c).flatten(1).sum(-1) for p, c in zip(plans, tables, strict=True))
-        inner = (potentials * torch.cat(marginals, -1)).sum(-1)
-        by_epsilon = grad * (inner - cost / epsilon)
+        by_marginals = (grad * epsilon).unsqueeze(-1) * conjugate(problem, potentials)
+        costs = problem.costs.values()
+        cost = sum((p * c).flatten(1).sum(-1) for p, c in zip(plans, costs, strict=True))
+        inner = (potentials * torch.cat(relaxed_marginals(problem, potentials), -1)).sum(-1)
+        by_epsilon = grad * (inner - cost / epsilon - _excess(problem, potentials))
         blocks = by_marginals.split(problem.sizes, -1)
-        return None, None, None, None, None, by_epsilon, None, *by_costs, *blocks
+        return *[None] * 6, by_epsilon, None, *by_costs, *blocks
+
+
+def _excess(problem: Problem, potentials: Tensor) -> Tensor:
+    """Return the mass of the optimal plan less 1, `(B,)`."""
+    if not problem.relaxation:
+        return torch.zeros_like(problem.epsilon)
+    return relaxed_marginals(problem, potentials)[0].sum(-1) - 1
 
 
 class _Marginals(torch.autograd.Function):
@@ -210,6 +217,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         form: FormName,
         forbids: bool,
+        relaxation: list[float],
         scopes: list[int],
         count: int,
         right: Tensor,
@@ -219,25 +227,24 @@ class _Solve(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         costs, marginals = list(tables[:count]), list(tables[count:])
-        solution: Tensor = _solve_hessian(
-            costs, scopes, marginals, epsilon, deviation, potentials, right, forbids, form
-        )
+        problem = costs, scopes, marginals, epsilon, deviation, forbids, relaxation
+        solution: Tensor = _solve_hessian(*problem, potentials, right, form)
         return solution
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.how = inputs[:4]
-        ctx.save_for_backward(*inputs[5:])
+        ctx.how = inputs[:5]
+        ctx.save_for_backward(*inputs[6:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # H is symmetric.
+        # The matrix is symmetric.
         saved = ctx.saved_tensors
         with torch.no_grad():
             solution = _Solve.forward(*ctx.how, grad, *saved)
         if torch.is_grad_enabled():
             solution = _FirstOnly.apply(solution, grad, *saved)
-        return None, None, None, None, solution, *[None] * len(saved)
+        return *[None] * 5, solution, *[None] * len(saved)
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -322,7 +329,7 @@ def _marginals_backward(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "Tensor potentials, Tensor right, bool forbids, str form) -> Tensor"
+        "bool forbids, float[] relaxation, Tensor potentials, Tensor right, str form) -> Tensor"
     ),
 )
 def _solve_hessian(
@@ -331,18 +338,23 @@ def _solve_hessian(
     marginals: Sequence[Tensor],
     epsilon: Tensor,
     deviation: Tensor,
+    forbids: bool,
+    relaxation: list[float],
     potentials: Tensor,
     right: Tensor,
-    forbids: bool,
     form: FormName,
 ) -> Tensor:
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxation)
     if forbids:
         problem = problem.without_empty_masks()
-    level = make_form(problem, torch.float64, "torch", form).at(epsilon)
-    hessian = level.evaluate(potentials).hessian
-    damping, tolerance = torch.full_like(epsilon, _DAMPING), torch.full_like(epsilon, _RESIDUAL)
-    return hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
+    plan = make_form(problem, torch.float64, "torch", form)
+    now = plan.at(epsilon).evaluate(potentials)
+    _, _, total, diagonal = plan.dual.at(potentials, epsilon, now.log_total, now.marginals)
+    damping = torch.full_like(epsilon, _DAMPING).unsqueeze(-1)
+    if total is not None and diagonal is not None:
+        right, damping = right / total, damping + diagonal
+    tolerance = torch.full_like(epsilon, _RESIDUAL)
+    return now.hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
 
 
 @_marginals.register_fake
@@ -366,9 +378,10 @@ def _(
     marginals: Sequence[Tensor],
     epsilon: Tensor,
     deviation: Tensor,
+    forbids: bool,
+    relaxation: list[float],
     potentials: Tensor,
     right: Tensor,
-    forbids: bool,
     form: FormName,
 ) -> Tensor:
     return torch.empty_like(right)

@@ -32,6 +32,7 @@ def sweep(
     pairs: Pairs,
     wanted: Sequence[Tensor],
     backend: Implementation = "torch",
+    shrinkage: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Set one potential after another so that its marginal is the one wanted.
 
@@ -40,15 +41,18 @@ def sweep(
         pairs: The tables of -C / epsilon.
         wanted: The logarithms of the marginals wanted.
         backend: What multiplies tables.
+        shrinkage: What each potential is multiplied by when it is set, `(B, 1)`.
     """
     found = dict(enumerate(unaries))
     order = elimination_order(found, pairs, ())
     if order.held is None:
-        return _Visits(found, pairs, order.steps, wanted, backend).potentials
+        return _Visits(found, pairs, order.steps, wanted, backend, shrinkage).potentials
     potentials = list(unaries)
     for p, log_nu in enumerate(wanted):
         step = log_nu - log_marginal(potentials, pairs, (p,), backend)
         potentials[p] = torch.where(log_nu == -math.inf, -math.inf, potentials[p] + step)
+        if shrinkage is not None:
+            potentials[p] = shrinkage[p].to(step.dtype) * potentials[p]
     return potentials
 
 
@@ -62,8 +66,9 @@ class _Visits:
         steps: Sequence[Step],
         wanted: Sequence[Tensor],
         backend: Implementation,
+        shrinkage: Sequence[Tensor] | None,
     ) -> None:
-        self._backend = backend
+        self._backend, self._shrinkage = backend, shrinkage
         self._x, self._pairs, self._steps, self._wanted = dict(unaries), pairs, steps, wanted
         self._messages = Collected(unaries, pairs, steps, backend, keep=False).messages
         # The steps that ended in each set of neighbours, and the branches of each step.
@@ -94,6 +99,8 @@ class _Visits:
         j = self._steps[n].variable
         change = self._wanted[j] - (self._own(j) + self._from_outside(n, outer))
         self._x[j] = torch.where(self._wanted[j] == -math.inf, -math.inf, self._x[j] + change)
+        if self._shrinkage is not None:
+            self._x[j] = self._shrinkage[j].to(change.dtype) * self._x[j]
         for number, branch in enumerate(self._branches[n], 1):
             message = self._message_to(branch, n, outer)
             self._visit(branch, message, again or number < len(self._branches[n]))

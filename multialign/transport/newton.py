@@ -96,7 +96,7 @@ def newton(
     potentials, level, now = _descend(form, level, potentials, descents, largest, tolerance)
     iterations = torch.tensor([descent.steps for descent in descents], device=potentials.device)
     if all(descent.continuation.arrived and not descent.search.failed for descent in descents):
-        return make_iterate(problem, potentials, now.log_total, now.marginals, iterations)
+        return make_iterate(form, problem.epsilon, potentials, *now[:2], iterations)
     return finish(problem, form, level, potentials, iterations)
 
 
@@ -178,9 +178,8 @@ def _descend(
         descent.begin(form.dtype)
     while True:
         now = level.evaluate(potentials)
-        gradient = form.scaling.wanted - now.marginals
+        dual, gradient, total, diagonal = form.dual.at(potentials, level.epsilon, *now[:2])
         error = torch.linalg.vector_norm(gradient, 1, -1)
-        dual = torch.linalg.vecdot(potentials, form.scaling.wanted) - now.log_total
         relative = (gradient.abs() * inverse).amax(-1)
         for descent, (its_error, its_dual, worst) in zip(
             descents, torch.stack([error, dual, relative], 1).tolist(), strict=True
@@ -198,13 +197,16 @@ def _descend(
             lower = form.at(gradient.new_tensor([d.continuation.epsilon for d in descents]))
             # Potentials in cost units, epsilon x, change little as epsilon falls.
             ratio = (level.epsilon / lower.epsilon).unsqueeze(-1)
-            right = gradient + (ratio - 1) * level.tangent(potentials, now)
-            if float((largest / lower.epsilon).max()) > _FAR:
-                potentials = form.balance(potentials, now.log_total)
+            if not form.dual.is_relaxed:
+                right = gradient + (ratio - 1) * level.tangent(potentials, now)
+                if float((largest / lower.epsilon).max()) > _FAR:
+                    potentials = form.balance(potentials, now.log_total)
             potentials, level = ratio * potentials, lower
         if any(renewed):
             bounds = gradient.new_tensor([descent.accuracy(tolerance) for descent in descents])
-            damping, slack = bounds.unbind(1)
+            damping, slack = bounds[:, :1], bounds[:, 1]
+            if total is not None and diagonal is not None:
+                right, damping = right / total, damping + diagonal
             fresh = now.hessian.solve(right, damping, slack, _CONJUGATE_STEPS)
             fresh = fresh.to(potentials.dtype)
             slope = torch.linalg.vecdot(gradient, fresh)

@@ -27,10 +27,12 @@ def make_problem(
     marginals: Sequence[Tensor],
     epsilon: float | Tensor,
     dtype: torch.dtype | None = None,
+    relaxation: float | Sequence[float | None] | None = None,
 ) -> Problem:
     """Check the arguments of `multi_marginal_sinkhorn` and put them in order.
 
-    `dtype` is that of the results; None: that of the marginals.
+    `dtype` is that of the results; None: that of the marginals. `relaxation` is its
+    `marginal_relaxation`.
     """
     weights = _check_marginals(marginals)
     tables = _check_costs(costs, weights)
@@ -51,19 +53,30 @@ def make_problem(
             x = x.expand((*batch, *shape))
         return x.double().reshape((batch.numel(), *shape))
 
-    normalised, absent = _normalise([flat(weight, 1) for weight in weights])
+    rho = _check_relaxation(relaxation, len(weights))
+    given = [flat(weight, 1) for weight in weights]
+    normalised, absent = _normalise(given)
     flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
     groups, flat_epsilon = _mask_absent(flat_costs, absent), flat(epsilon, 0)
+    masked = {
+        scope: cost
+        for group in groups
+        for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
+    }
     forbidden: Mapping[Scope, Tensor] = {}
-    if is_extreme([group.costs for group in groups], flat_epsilon):
-        masked = {
-            scope: cost
-            for group in groups
-            for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
-        }
+    extreme = is_extreme([group.costs for group in groups], flat_epsilon)
+    if extreme:
         centred, offsets, deviation, forbidden = absorb(masked, normalised, flat_epsilon)
     else:
         centred, offsets, deviation = _centre(groups, normalised)
+    if rho:
+        # A potential that is penalised is what it is: nothing may move into it.
+        centred = {
+            scope: cost.masked_fill(forbidden[scope], 0.0) if extreme else cost
+            for scope, cost in masked.items()
+        }
+        offsets = [torch.zeros_like(nu) for nu in normalised]
+        normalised = _with_masses(normalised, given)
     return Problem(
         costs=centred,
         offsets=offsets,
@@ -72,8 +85,35 @@ def make_problem(
         deviation=deviation,
         batch=batch,
         dtype=weights[0].dtype if dtype is None else dtype,
+        relaxation=rho,
         forbidden=forbidden,
     )
+
+
+def _check_relaxation(relaxation: object, count: int) -> tuple[float, ...]:
+    """Return rho for each marginal, infinite for a hard constraint; empty if all are hard."""
+    if relaxation is None:
+        return ()
+    name, several = "marginal_relaxation", not isinstance(relaxation, (int, float))
+    rho = list(relaxation) if isinstance(relaxation, Sequence) else [relaxation] * count
+    if len(rho) != count or isinstance(relaxation, str):
+        raise ValueError(
+            f"{name} must be None, a number > 0, or {count} of these, one for each marginal; "
+            f"got {relaxation!r}"
+        )
+    for i, one in enumerate(rho):
+        if one is not None:
+            check_positive(f"{name}[{i}]" if several else name, one)
+    if all(one is None for one in rho):
+        return ()
+    return tuple(float(one) if isinstance(one, (int, float)) else math.inf for one in rho)
+
+
+def _with_masses(normalised: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return marginals with the masses given; one without any takes the largest of the others."""
+    totals = torch.stack([weight.sum(-1, keepdim=True) for weight in given])
+    totals = torch.where(totals == 0, totals.amax(0), totals)
+    return [nu * total for nu, total in zip(normalised, totals, strict=True)]
 
 
 def _check_marginals(marginals: Sequence[Tensor]) -> list[Tensor]:

@@ -38,6 +38,9 @@ class Problem:
     """The dtype of the results."""
     copies: int = 1
     """If more: one marginal, and the cost of one pair, stand for this many variables alike."""
+    relaxation: tuple[float, ...] = ()
+    """rho_p for each marginal, infinite for a hard constraint; empty if all are hard. Otherwise
+    marginals are as given, and nothing is moved into offsets."""
     forbidden: Mapping[Scope, Tensor] = field(default_factory=dict)
     """Masks of the entries that no plan may use; their costs are 0. Tables without any are left
     out, where that is known."""
@@ -128,6 +131,7 @@ def unflatten_problem(
     epsilon: Tensor,
     deviation: Tensor,
     forbids: bool,
+    relaxation: Sequence[float] = (),
 ) -> Problem:
     """Return the problem that was flattened, as far as its solution needs it.
 
@@ -147,6 +151,7 @@ def unflatten_problem(
         deviation=deviation,
         batch=epsilon.shape,
         dtype=epsilon.dtype,
+        relaxation=tuple(relaxation),
         forbidden=forbidden,
     )
 

@@ -60,7 +60,7 @@ def sinkhorn(problem: Problem, form: Form, tolerance: float, max_iterations: int
         iterations = iterations + active * times
         level_sweeps = level_sweeps + times
         log_total, marginals = level.marginals(potentials)
-        error = (marginals - wanted).abs().sum(-1)
+        error = form.dual.at(potentials, level.epsilon, log_total, marginals).gradient.abs().sum(-1)
         arrived = level.epsilon <= target
         # A non-finite error never falls again: there is nothing to wait for.
         active = active & error.isfinite() & ~(arrived & (error <= tolerance))
@@ -72,7 +72,9 @@ def sinkhorn(problem: Problem, form: Form, tolerance: float, max_iterations: int
         lower = torch.maximum(target, level.epsilon / _LEVEL_FACTOR)
         lower = torch.where(falls, lower, level.epsilon)
         # The potentials in cost units, epsilon x, are what stays the same.
-        potentials = form.balance(potentials, log_total) * (level.epsilon / lower).unsqueeze(-1)
+        if not form.dual.is_relaxed:
+            potentials = form.balance(potentials, log_total)
+        potentials = potentials * (level.epsilon / lower).unsqueeze(-1)
         level = form.at(lower)
     return finish(problem, form, level, potentials, iterations)
 
@@ -84,13 +86,19 @@ def finish(
     target = problem.epsilon
     potentials = potentials * (level.epsilon / target).unsqueeze(-1)
     found = form.at(target).marginals(potentials)
-    return make_iterate(problem, potentials, *found, iterations)
+    return make_iterate(form, target, potentials, *found, iterations)
 
 
 def make_iterate(
-    problem: Problem, potentials: Tensor, log_total: Tensor, marginals: Tensor, iterations: Tensor
+    form: Form,
+    epsilon: Tensor,
+    potentials: Tensor,
+    log_total: Tensor,
+    marginals: Tensor,
+    iterations: Tensor,
 ) -> Iterate:
-    """Divide a plan by its sum, and measure its error."""
-    error = (marginals - torch.cat(problem.marginals, -1)).abs().sum(-1)
-    shift = log_total / len(problem.marginals)
-    return Iterate(potentials - shift.unsqueeze(-1), iterations, error)
+    """Measure a plan's error, and divide it by its sum where its marginals fix that."""
+    error = form.dual.at(potentials, epsilon, log_total, marginals).gradient.abs().sum(-1)
+    if not form.dual.is_relaxed:
+        potentials = potentials - (log_total / len(form.problem.marginals)).unsqueeze(-1)
+    return Iterate(potentials, iterations, error)

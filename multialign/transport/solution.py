@@ -35,8 +35,8 @@ class TransportSolution:
             cost units. It may be negative: the entropy term is.
         iterations: Newton steps, without the sweeps before them, or with "sinkhorn" sweeps,
             :math:`(*\text{batch})`.
-        error: Sum over p of the L1 distance of the plan's marginal from :math:`\nu_p`,
-            :math:`(*\text{batch})`.
+        error: Sum over p of the L1 distance of the plan's marginal from :math:`\nu_p`, or with
+            `marginal_relaxation` from :math:`\nu_p \exp(-f_p / \rho_p)`, :math:`(*\text{batch})`.
         converged: Whether `error` is at most the tolerance, :math:`(*\text{batch})`.
 
     References:
@@ -82,12 +82,18 @@ class TransportSolution:
     def potentials(self) -> list[Tensor]:
         r"""M tensors :math:`(*\text{batch}, K_p)` in cost units, -inf at atoms of mass 0.
 
-        Constants may be moved between them; here each has the same mean under its marginal.
+        Constants may be moved between them; here each has the same mean under its marginal, but
+        for problems with a `marginal_relaxation`, where potentials are determined.
         """
         problem = self._problem
         scaled = problem.epsilon.unsqueeze(-1) * self._potentials()
         blocks = scaled.split(problem.sizes, -1)
         full = [f + offset for f, offset in zip(blocks, problem.offsets, strict=True)]
+        if problem.relaxation:
+            return [
+                problem.unflatten(torch.where(nu == 0, -torch.inf, f))
+                for nu, f in zip(problem.marginals, full, strict=True)
+            ]
         means = [
             (nu * f).sum(-1, keepdim=True) for nu, f in zip(problem.marginals, full, strict=True)
         ]

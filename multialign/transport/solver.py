@@ -38,6 +38,7 @@ def multi_marginal_sinkhorn(
     marginals: Sequence[Tensor],
     epsilon: float | Tensor,
     *,
+    marginal_relaxation: float | Sequence[float | None] | None = None,
     tolerance: float | None = None,
     max_iterations: int = 2000,
     method: Method = "auto",
@@ -60,11 +61,18 @@ def multi_marginal_sinkhorn(
     Args:
         costs: ``{(i, j): C_ij}`` with i < j and :math:`C_{ij}` of shape
             :math:`(*\text{batch}, K_i, K_j)`; a pair left out costs nothing. Or one tensor
-            :math:`(*\text{batch}, K_1, \dots, K_M)`.
+            :math:`(*\text{batch}, K_1, \dots, K_M)`. A cost of infinity forbids its pair; a finite
+            one is paid, however large, where it cannot be avoided.
         marginals: M tensors :math:`(*\text{batch}, K_i)`, non-negative, each divided by its sum.
             An atom of mass 0 is absent, whatever its costs; a marginal without mass is out, with
             all its costs.
         epsilon: > 0, a number or a tensor :math:`(*\text{batch})`, in cost units.
+        marginal_relaxation: None for hard constraints, or :math:`\rho > 0`, a number or one (or
+            None) for each marginal, in cost units: constraint i is replaced by the penalty
+            :math:`\rho_i \operatorname{KL}(T_i | \nu_i)` with
+            :math:`\operatorname{KL}(a | b) = \sum a \log(a / b) - a + b`. Marginals are then taken
+            as given, not normalised; those with hard constraints must have equal mass. The entropy
+            term is then :math:`\epsilon (\sum T \log T - \sum T + 1)`.
         tolerance: Largest L1 distance of the plan's marginals from those wanted, summed over them.
             None: 1e-6 in float64 and 1e-4 in float32.
         max_iterations: Where it stops without convergence.
@@ -88,7 +96,8 @@ def multi_marginal_sinkhorn(
 
     References:
         Eq. 7-8 of :cite:t:`decalign:26`; :cite:t:`pass:15` for the problem, :cite:t:`benamou:15`
-        for the sweeps, :cite:t:`haasler:21` for the use of the graph.
+        for the sweeps, :cite:t:`haasler:21` for the use of the graph, :cite:t:`chizat:18` for
+        `marginal_relaxation`.
 
     Example:
         >>> import torch
@@ -106,7 +115,8 @@ def multi_marginal_sinkhorn(
     options = SolverOptions(
         tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
     )
-    return solve_problem(make_problem(costs, marginals, epsilon), options)
+    problem = make_problem(costs, marginals, epsilon, relaxation=marginal_relaxation)
+    return solve_problem(problem, options)
 
 
 def solve_problem(
@@ -142,6 +152,7 @@ def solve_problem(
                 backend,
                 symmetric,
                 bool(problem.forbidden),
+                list(problem.relaxation),
                 form,
             )
         )
@@ -171,7 +182,8 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
         "str method, bool single, float tolerance, int max_iterations, "
-        "str backend, bool symmetric, bool forbids, str form) -> (Tensor, Tensor, Tensor)"
+        "str backend, bool symmetric, bool forbids, float[] relaxation, str form) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def _solve(
@@ -187,6 +199,7 @@ def _solve(
     backend: Implementation,
     symmetric: bool,
     forbids: bool,
+    relaxation: list[float],
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
@@ -194,7 +207,7 @@ def _solve(
     This is one operator, since the number of iterations depends on the data: torch.compile does not
     look inside, and torch.func.vmap makes one larger batch.
     """
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxation)
     if not len(epsilon):
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
     if forbids:
@@ -202,7 +215,8 @@ def _solve(
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        if method == "newton" and form == "auto" and not problem.forbidden:
+        ordinary = not problem.forbidden and not problem.relaxation
+        if method == "newton" and form == "auto" and ordinary:
             iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
         if iterate is None:
             if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
@@ -249,6 +263,7 @@ def _(
     backend: Implementation,
     symmetric: bool,
     forbids: bool,
+    relaxation: list[float],
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     potentials = torch.empty_like(torch.cat(marginals, -1))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multialign.transport.dual import Dual
 from multialign.transport.elimination import Beliefs
 from multialign.transport.hessian import (
     DenseHessian,
@@ -62,7 +63,8 @@ class Form(ABC):
 
     def __init__(self, problem: Problem, dtype: torch.dtype = torch.float64) -> None:
         self.problem, self.dtype = problem, dtype
-        self.scaling = Scaling(problem.marginals, dtype)
+        self.scaling = Scaling(problem.marginals, dtype, problem.relaxation)
+        self.dual = Dual(problem)
 
     @abstractmethod
     def at(self, epsilon: Tensor) -> Level:
@@ -117,6 +119,16 @@ class Level(ABC):
             The potentials, and how far each sweep moved them, `(B, times)`: the mean of |dx_p|
             under nu_p, summed over p. To first order it is the L1 error before the sweep.
         """
+
+    def shrinkage(self) -> list[Tensor] | None:
+        """Return rho / (rho + epsilon) of each marginal, `(B, 1)`; None if none is relaxed.
+
+        A relaxed potential x is set to this times what would match its marginal:
+        nu exp(-x epsilon / rho) is then the marginal :cite:`chizat:18`.
+        """
+        if not self.form.dual.is_relaxed:
+            return None
+        return [1 / (1 + self.epsilon.unsqueeze(-1) / rho) for rho in self.form.problem.relaxation]
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
         """Return -dm / d log(1 / epsilon) at constant epsilon x, `(B, S)`.

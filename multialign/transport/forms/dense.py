@@ -39,8 +39,10 @@ class _DenseLevel(Level):
         """Return log Z, and the plan divided by it."""
 
     def sweep(self, potentials: Tensor, times: int = 1, inner: int = 0) -> tuple[Tensor, Tensor]:
-        changes = self._changes_of_plan(potentials, times, inner)
-        if not bool(changes.isfinite().all()):
+        changes = None
+        if not self.form.dual.is_relaxed:
+            changes = self._changes_of_plan(potentials, times, inner)
+        if changes is None or not bool(changes.isfinite().all()):
             changes = self._changes_of_logarithms(potentials, times)
         return moved_by(potentials, changes, self.form.scaling)
 
@@ -69,10 +71,14 @@ class _DenseLevel(Level):
         marginals, sizes = self.form.problem.marginals, self.form.problem.sizes
         variables = tuple(range(len(sizes)))
         exponent = self.exponent(potentials).view(len(potentials), *sizes)
+        blocks, shrinkage = list(potentials.split(sizes, -1)), self.shrinkage()
         steps = []
         for p in variables * times:
             step = marginals[p].log() - exponent.logsumexp(axes_without((p,), len(sizes)))
+            if shrinkage is not None:
+                step = shrinkage[p] * (blocks[p] + step) - blocks[p]
             step = step.masked_fill(marginals[p] == 0, 0.0)
+            blocks[p] = blocks[p] + step
             exponent = exponent.add_(along(step, p, variables))
             steps.append(step)
         return torch.cat(steps, -1).view(len(potentials), times, -1)

@@ -59,7 +59,8 @@ class Guarded(Form):
     """
 
     def __init__(self, fast: Form, make_safe: Callable[[], Form]) -> None:
-        self.problem, self.scaling, self.dtype = fast.problem, fast.scaling, fast.dtype
+        self.problem, self.scaling, self.dual = fast.problem, fast.scaling, fast.dual
+        self.dtype = fast.dtype
         self.sweep_pairs = fast.sweep_pairs
         self._fast, self._make_safe = fast, make_safe
         self._safe: Form | None = None

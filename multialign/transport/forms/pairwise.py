@@ -22,7 +22,8 @@ class Pairwise(Form):
     def __init__(self, problem: Problem, dtype: torch.dtype, backend: Implementation) -> None:
         super().__init__(problem, dtype)
         self.backend = backend
-        self.pair_set: PairSet = "all" if is_dense(self.scaling) else "core"
+        every = is_dense(self.scaling) or self.dual.is_relaxed
+        self.pair_set: PairSet = "all" if every else "core"
         self.wanted = [x.to(dtype) for x in problem.log_marginals()]
         # Added to potentials: atoms of mass 0 have no plan.
         self.nowhere = torch.where(self.scaling.absent, -math.inf, 0.0)
@@ -50,9 +51,10 @@ class _PairwiseLevel(Level):
         return found.log_total.double(), found.joined().double()
 
     def sweep(self, potentials: Tensor, times: int = 1, inner: int = 0) -> tuple[Tensor, Tensor]:
-        form, moved = self.form, []
+        form, moved, shrinkage = self.form, [], self.shrinkage()
         for _ in range(times):
-            swept = sweep(self._unaries(potentials), self._pairs, form.wanted, form.backend)
+            unaries = self._unaries(potentials)
+            swept = sweep(unaries, self._pairs, form.wanted, form.backend, shrinkage)
             after = torch.where(form.scaling.absent, 0.0, torch.cat(swept, -1).double())
             moved.append(distance(after - potentials, form.scaling))
             potentials = after
