@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multialign import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
+from multialign import (
+    ConvergenceWarning,
+    TransportSolution,
+    multi_marginal_sinkhorn,
+    multi_marginal_sinkhorn_loss,
+)
 from multialign.transport import elimination, message_sweeps
 from tests import reference
 from tests.forms import FORMS, force_hessian, solve_in
@@ -814,3 +819,77 @@ def test_errors(monkeypatch):
         solution.marginal(3)
     with pytest.raises(ValueError, match="i and j must differ; got 1 and 1"):
         solution.pairwise_marginal(1, 1)
+
+
+@pytest.mark.parametrize("graph", ["complete", "chain"])
+def test_apply_is_the_product_with_the_plan_of_two_variables(graph):
+    costs, marginals = problem((4, 5, 3), graph, batch=(2,))
+    solution = solve(costs, marginals, 0.5)
+    plan = solution.plan()
+    for i, j in itertools.permutations(range(3), 2):
+        values = torch.randn(2, plan.shape[1 + j], 2)
+        (other,) = {0, 1, 2} - {i, j}
+        table = plan.sum(1 + other)
+        table = table if i < j else table.mT
+        torch.testing.assert_close(solution.apply(i, j, values), table @ values)
+
+
+def test_apply_gives_barycentric_images_as_pot_does():
+    x, y = torch.randn(7, 2), torch.randn(6, 2)
+    cost = (x[:, None] - y).square().sum(-1)
+    a, b = torch.rand(7) + 0.1, torch.rand(6) + 0.1
+    solution = solve({(0, 1): cost}, [a, b], 0.5)
+    images = solution.apply(0, 1, y) / solution.marginal(0).unsqueeze(-1)
+    peer = ot.da.SinkhornTransport(reg_e=0.5, tol=1e-12, max_iter=10_000)
+    plan = ot.sinkhorn(
+        (a / a.sum()).numpy(), (b / b.sum()).numpy(), cost.numpy(), 0.5, stopThr=1e-13,
+        numItermax=10_000,
+    )  # fmt: skip
+    peer.xs_, peer.xt_, peer.coupling_ = x.numpy(), y.numpy(), plan
+    peer.nx = ot.backend.NumpyBackend()
+    expected = peer.transform(Xs=x.numpy())
+    torch.testing.assert_close(images, torch.from_numpy(expected), rtol=1e-6, atol=1e-8)
+
+
+def test_apply_has_gradients_and_errors():
+    cost = torch.rand(3, 4, requires_grad=True)
+    values = torch.randn(4, 2, requires_grad=True)
+
+    def applied(cost, values):
+        return solve({(0, 1): cost}, [torch.ones(3), torch.ones(4)], 0.5).apply(0, 1, values)
+
+    assert gradcheck(applied, (cost, values), fast_mode=True)
+    solution = solve({(0, 1): cost}, [torch.ones(3), torch.ones(4)], 0.5)
+    for wrong in (torch.randn(3, 2), torch.randn(4), [1.0]):
+        with pytest.raises(ValueError, match="values must have shape"):
+            solution.apply(0, 1, wrong)
+
+
+def test_a_cost_of_ones_own():
+    """Also where it is not symmetric."""
+    x, y = torch.randn(6, 2), torch.randn(5, 2)
+
+    def distance(a, b):
+        return (a.unsqueeze(-2) - b.unsqueeze(-3)).abs().sum(-1)
+
+    options = {"epsilon": 0.5, "tolerance": 1e-10}
+    found = multi_marginal_sinkhorn_loss([x, y], cost=distance, **options)
+    terms = [
+        solve({(0, 1): distance(*pair)}, [torch.ones(len(p)) for p in pair], 0.5).value
+        for pair in ((x, y), (x, x), (y, y))
+    ]
+    torch.testing.assert_close(found, terms[0] - (terms[1] + terms[2]) / 2)
+
+    def skewed(a, b):
+        return distance(a, b) + a.sum(-1).unsqueeze(-1).relu() + (a @ b.mT).relu() * a[..., :1]
+
+    found = multi_marginal_sinkhorn_loss([x, y], cost=skewed, **options)
+    terms = [
+        solve({(0, 1): skewed(*pair)}, [torch.ones(len(p)) for p in pair], 0.5).value
+        for pair in ((x, y), (x, x), (y, y))
+    ]
+    torch.testing.assert_close(found, terms[0] - (terms[1] + terms[2]) / 2)
+    with pytest.raises(ValueError, match="cost must return a tensor of shape"):
+        multi_marginal_sinkhorn_loss([x, y], cost=lambda a, b: a)
+    with pytest.raises(ValueError, match="cost must be one of 'sqeuclidean'"):
+        multi_marginal_sinkhorn_loss([x, y], cost="euclidean")

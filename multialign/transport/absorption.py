@@ -99,7 +99,7 @@ def _potentials(
 
     This is one operator, since it depends on the data what has to be solved.
     """
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, epsilon, forbids=True)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, epsilon, True, ())
     found = []
     for scope, cost in problem.costs.items():
         extreme = cost.abs().flatten(1).amax(1) > _LARGEST_COST * epsilon

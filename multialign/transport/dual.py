@@ -42,7 +42,7 @@ class Dual:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._wanted = torch.cat(problem.marginals, -1)
-        self.is_relaxed = bool(problem.relaxation)
+        self.is_relaxed = bool(problem.relaxed)
 
     def at(
         self, potentials: Tensor, epsilon: Tensor, log_total: Tensor, marginals: Tensor
@@ -63,7 +63,7 @@ class Dual:
 
 def conjugate(problem: Problem, potentials: Tensor) -> Tensor:
     """Return (1 - exp(-r x)) / r for each potential, `(B, S)`: x where the constraint is hard."""
-    if not problem.relaxation:
+    if not problem.relaxed:
         return potentials
     rate = _rates(problem)
     hard = rate == 0
@@ -73,16 +73,17 @@ def conjugate(problem: Problem, potentials: Tensor) -> Tensor:
 
 def relaxed_marginals(problem: Problem, potentials: Tensor) -> list[Tensor]:
     """Return what the plan's marginals have to be: nu exp(-r x), or nu of a hard constraint."""
-    if not problem.relaxation:
+    if not problem.relaxed:
         return problem.marginals
     decay = (-_rates(problem) * potentials).exp().split(problem.sizes, -1)
     return [nu * factor for nu, factor in zip(problem.marginals, decay, strict=True)]
 
 
 def _rates(problem: Problem) -> Tensor:
-    """Return r = epsilon / rho for each atom, `(B, S)`."""
-    inverse = [
-        torch.full_like(nu[:1], 1 / rho)
-        for nu, rho in zip(problem.marginals, problem.relaxation, strict=True)
-    ]
-    return problem.epsilon.unsqueeze(-1) * torch.cat(inverse, -1)
+    """Return r = epsilon / rho for each atom, `(B, S)`; 0 for a hard constraint."""
+    assert problem.rho is not None
+    rates = [torch.zeros_like(nu) for nu in problem.marginals]
+    own = (problem.epsilon.unsqueeze(-1) / problem.rho).split(1, -1)
+    for p, rate in zip(problem.relaxed, own, strict=True):
+        rates[p] = rate.expand_as(rates[p])
+    return torch.cat(rates, -1)

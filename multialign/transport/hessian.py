@@ -7,7 +7,6 @@ side of differences of marginals is orthogonal to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, combinations, pairwise
@@ -55,15 +54,14 @@ class Scaling:
     """
 
     def __init__(
-        self, marginals: Sequence[Tensor], dtype: torch.dtype, relaxation: Sequence[float] = ()
+        self, marginals: Sequence[Tensor], dtype: torch.dtype, relaxed: Sequence[int] = ()
     ) -> None:
         """Prepare for equations solved in `dtype`.
 
-        A marginal that is relaxed (rho < infinity) has no constant in the null space.
+        A marginal that is relaxed has no constant in the null space.
         """
         self._marginals, self._dtype = list(marginals), dtype
-        every = range(len(marginals))
-        self._hard = [p for p in every if not relaxation or relaxation[p] == math.inf]
+        self._hard = [p for p in range(len(marginals)) if p not in relaxed]
         self._parts: dict[tuple[int, ...], Scaling] = {}
         self.sizes = [marginal.shape[-1] for marginal in marginals]
         self.wanted = torch.cat(list(marginals), -1)

@@ -66,9 +66,12 @@ def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     It has first and second derivatives.
     """
     costs, scopes, marginals, *rest = problem.flatten()
-    forbids, relaxation = bool(problem.forbidden), list(problem.relaxation)
-    value: Tensor = _DualValue.apply(
-        form, forbids, relaxation, scopes, len(costs), potentials, *rest, *costs, *marginals
+    forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
+    # torch.compile calls `forward` as if it took a context where no input has a gradient.
+    recorded = any(x.requires_grad for x in (*costs, *marginals, problem.epsilon))
+    call = _DualValue.apply if recorded and torch.is_grad_enabled() else _DualValue.forward
+    value: Tensor = call(
+        form, forbids, relaxed, scopes, len(costs), potentials, *rest, *costs, *marginals
     )
     return value
 
@@ -105,16 +108,18 @@ def _read_tables(problem: Problem, potentials: Tensor, form: FormName) -> list[T
     if _is_whole(problem, form):
         return read_marginals(problem, potentials, problem.edges, form)
     edges = _flat(list(pairs))
-    found: list[Tensor] = _marginals([*unaries, *pairs.values()], edges, edges)
-    return found[1:]
+    log_sum, *tables = _marginals([*unaries, *pairs.values()], edges, edges)
+    if not problem.relaxed:
+        return list(tables)
+    return [table * log_sum.exp().view(-1, 1, 1) for table in tables]
 
 
 def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
     """Solve with minus the Hessian of D at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
-    forbids, relaxation = bool(problem.forbidden), list(problem.relaxation)
+    forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
     solution: Tensor = _Solve.apply(
-        form, forbids, relaxation, scopes, len(costs), right, potentials, *rest, *costs, *marginals
+        form, forbids, relaxed, scopes, len(costs), right, potentials, *rest, *costs, *marginals
     )
     return solution
 
@@ -140,7 +145,7 @@ class _DualValue(torch.autograd.Function):
     def forward(
         form: FormName,
         forbids: bool,
-        relaxation: list[float],
+        relaxed: list[int],
         scopes: list[int],
         count: int,
         potentials: Tensor,
@@ -149,8 +154,8 @@ class _DualValue(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         marginals = list(tables[count:])
-        problem = unflatten_problem([], [], marginals, epsilon, deviation, False, relaxation)
-        terms = conjugate(problem, potentials) * torch.cat(marginals, -1)
+        problem = unflatten_problem([], [], marginals, epsilon, deviation, False, relaxed)
+        terms = conjugate(problem, potentials) * torch.cat(problem.marginals, -1)
         return epsilon * (terms.sum(-1) - _excess(problem, potentials))
 
     @staticmethod
@@ -160,10 +165,10 @@ class _DualValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        form, forbids, relaxation, scopes, count = ctx.how
+        form, forbids, relaxed, scopes, count = ctx.how
         potentials, epsilon, deviation, *tables = ctx.saved_tensors
         problem = unflatten_problem(
-            tables[:count], scopes, tables[count:], epsilon, deviation, forbids, relaxation
+            tables[:count], scopes, tables[count:], epsilon, deviation, forbids, relaxed
         )
         # A graph of the derivative is wanted; torch.compile makes none.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -178,12 +183,13 @@ class _DualValue(torch.autograd.Function):
         inner = (potentials * torch.cat(relaxed_marginals(problem, potentials), -1)).sum(-1)
         by_epsilon = grad * (inner - cost / epsilon - _excess(problem, potentials))
         blocks = by_marginals.split(problem.sizes, -1)
-        return *[None] * 6, by_epsilon, None, *by_costs, *blocks
+        by_rho = [None] * bool(problem.relaxed)
+        return *[None] * 6, by_epsilon, None, *by_costs, *blocks, *by_rho
 
 
 def _excess(problem: Problem, potentials: Tensor) -> Tensor:
     """Return the mass of the optimal plan less 1, `(B,)`."""
-    if not problem.relaxation:
+    if not problem.relaxed:
         return torch.zeros_like(problem.epsilon)
     return relaxed_marginals(problem, potentials)[0].sum(-1) - 1
 
@@ -217,7 +223,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         form: FormName,
         forbids: bool,
-        relaxation: list[float],
+        relaxed: list[int],
         scopes: list[int],
         count: int,
         right: Tensor,
@@ -227,7 +233,7 @@ class _Solve(torch.autograd.Function):
         *tables: Tensor,
     ) -> Tensor:
         costs, marginals = list(tables[:count]), list(tables[count:])
-        problem = costs, scopes, marginals, epsilon, deviation, forbids, relaxation
+        problem = costs, scopes, marginals, epsilon, deviation, forbids, relaxed
         solution: Tensor = _solve_hessian(*problem, potentials, right, form)
         return solution
 
@@ -329,7 +335,7 @@ def _marginals_backward(
     mutates_args=(),
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "bool forbids, float[] relaxation, Tensor potentials, Tensor right, str form) -> Tensor"
+        "bool forbids, int[] relaxed, Tensor potentials, Tensor right, str form) -> Tensor"
     ),
 )
 def _solve_hessian(
@@ -339,12 +345,12 @@ def _solve_hessian(
     epsilon: Tensor,
     deviation: Tensor,
     forbids: bool,
-    relaxation: list[float],
+    relaxed: list[int],
     potentials: Tensor,
     right: Tensor,
     form: FormName,
 ) -> Tensor:
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxation)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxed)
     if forbids:
         problem = problem.without_empty_masks()
     plan = make_form(problem, torch.float64, "torch", form)
@@ -379,7 +385,7 @@ def _(
     epsilon: Tensor,
     deviation: Tensor,
     forbids: bool,
-    relaxation: list[float],
+    relaxed: list[int],
     potentials: Tensor,
     right: Tensor,
     form: FormName,

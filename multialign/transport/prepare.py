@@ -54,6 +54,7 @@ def make_problem(
         return x.double().reshape((batch.numel(), *shape))
 
     rho = _check_relaxation(relaxation, len(weights))
+    relaxed = tuple(p for p, one in enumerate(rho) if one is not None)
     given = [flat(weight, 1) for weight in weights]
     normalised, absent = _normalise(given)
     flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
@@ -69,7 +70,7 @@ def make_problem(
         centred, offsets, deviation, forbidden = absorb(masked, normalised, flat_epsilon)
     else:
         centred, offsets, deviation = _centre(groups, normalised)
-    if rho:
+    if relaxed:
         # A potential that is penalised is what it is: nothing may move into it.
         centred = {
             scope: cost.masked_fill(forbidden[scope], 0.0) if extreme else cost
@@ -85,28 +86,31 @@ def make_problem(
         deviation=deviation,
         batch=batch,
         dtype=weights[0].dtype if dtype is None else dtype,
-        relaxation=rho,
+        relaxed=relaxed,
+        rho=flat_epsilon.new_tensor([rho[p] for p in relaxed]).expand(len(flat_epsilon), -1)
+        if relaxed
+        else None,
         forbidden=forbidden,
     )
 
 
-def _check_relaxation(relaxation: object, count: int) -> tuple[float, ...]:
-    """Return rho for each marginal, infinite for a hard constraint; empty if all are hard."""
+def _check_relaxation(relaxation: Any, count: int) -> list[float | None]:
+    """Return rho for each marginal, None for a hard constraint."""
     if relaxation is None:
-        return ()
-    name, several = "marginal_relaxation", not isinstance(relaxation, (int, float))
-    rho = list(relaxation) if isinstance(relaxation, Sequence) else [relaxation] * count
-    if len(rho) != count or isinstance(relaxation, str):
+        return [None] * count
+    name = "marginal_relaxation"
+    if not isinstance(relaxation, Sequence) or isinstance(relaxation, str):
+        check_positive(name, relaxation)
+        return [float(relaxation)] * count
+    if len(relaxation) != count:
         raise ValueError(
             f"{name} must be None, a number > 0, or {count} of these, one for each marginal; "
             f"got {relaxation!r}"
         )
-    for i, one in enumerate(rho):
+    for i, one in enumerate(relaxation):
         if one is not None:
-            check_positive(f"{name}[{i}]" if several else name, one)
-    if all(one is None for one in rho):
-        return ()
-    return tuple(float(one) if isinstance(one, (int, float)) else math.inf for one in rho)
+            check_positive(f"{name}[{i}]", one)
+    return [None if one is None else float(one) for one in relaxation]
 
 
 def _with_masses(normalised: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:

@@ -38,9 +38,11 @@ class Problem:
     """The dtype of the results."""
     copies: int = 1
     """If more: one marginal, and the cost of one pair, stand for this many variables alike."""
-    relaxation: tuple[float, ...] = ()
-    """rho_p for each marginal, infinite for a hard constraint; empty if all are hard. Otherwise
-    marginals are as given, and nothing is moved into offsets."""
+    relaxed: tuple[int, ...] = ()
+    """The marginals that are penalised. If there are any, all marginals are as given, and nothing
+    is moved into offsets."""
+    rho: Tensor | None = None
+    """`(B, R)`: the weights of their penalties."""
     forbidden: Mapping[Scope, Tensor] = field(default_factory=dict)
     """Masks of the entries that no plan may use; their costs are 0. Tables without any are left
     out, where that is known."""
@@ -109,6 +111,8 @@ class Problem:
     def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor, Tensor]:
         """Return costs, their variables one after another, marginals, epsilon and deviation.
 
+        After the marginals stands rho, if any marginal is relaxed.
+
         An operator takes these; `unflatten_problem` turns them back. A forbidden entry is infinite.
         """
         scopes = [variable for scope in self.costs for variable in scope]
@@ -116,7 +120,8 @@ class Problem:
             cost.masked_fill(self.forbidden[scope], math.inf) if scope in self.forbidden else cost
             for scope, cost in self.costs.items()
         ]
-        return costs, scopes, self.marginals, self.epsilon, self.deviation
+        marginals = [*self.marginals, *([] if self.rho is None else [self.rho])]
+        return costs, scopes, marginals, self.epsilon, self.deviation
 
     def unflatten(self, x: Tensor) -> Tensor:
         """Give a result `(B, ...)` its batch shape, and its dtype if it is floating point."""
@@ -131,11 +136,11 @@ def unflatten_problem(
     epsilon: Tensor,
     deviation: Tensor,
     forbids: bool,
-    relaxation: Sequence[float] = (),
+    relaxed: Sequence[int],
 ) -> Problem:
     """Return the problem that was flattened, as far as its solution needs it.
 
-    `forbids` says whether entries may be infinite.
+    `forbids` says whether entries may be infinite, `relaxed` which marginals are penalised.
     """
     variables = iter(scopes)
     tables = {tuple(next(variables) for _ in cost.shape[1:]): cost for cost in costs}
@@ -146,12 +151,13 @@ def unflatten_problem(
             for scope, cost in tables.items()
         },
         offsets=[],
-        marginals=list(marginals),
+        marginals=list(marginals[:-1] if relaxed else marginals),
         epsilon=epsilon,
         deviation=deviation,
         batch=epsilon.shape,
         dtype=epsilon.dtype,
-        relaxation=tuple(relaxation),
+        relaxed=tuple(relaxed),
+        rho=marginals[-1] if relaxed else None,
         forbidden=forbidden,
     )
 

@@ -89,7 +89,7 @@ class TransportSolution:
         scaled = problem.epsilon.unsqueeze(-1) * self._potentials()
         blocks = scaled.split(problem.sizes, -1)
         full = [f + offset for f, offset in zip(blocks, problem.offsets, strict=True)]
-        if problem.relaxation:
+        if problem.relaxed:
             return [
                 problem.unflatten(torch.where(nu == 0, -torch.inf, f))
                 for nu, f in zip(problem.marginals, full, strict=True)
@@ -137,6 +137,36 @@ class TransportSolution:
         check_entries(entries, "solve for fewer problems at once, or with smaller marginals")
         table = self._probabilities([(min(i, j), max(i, j))])[0]
         return self._problem.unflatten(table if i < j else table.mT)
+
+    def apply(self, i: int, j: int, values: Tensor) -> Tensor:
+        r"""Return the sum of values at the atoms of j, weighted by the plan of i and j.
+
+        .. math:: \text{result}(k) = \sum_l T_{ij}(k, l)\, \text{values}(l)
+
+        Divided by :meth:`marginal` of i, it is the mean of what each atom of i is sent to: its
+        barycentric image, where `values` are points.
+
+        Args:
+            i: A variable.
+            j: Another one, adjacent in the cost graph or not, in either order.
+            values: :math:`(*\text{batch}, K_j, D)`.
+
+        Returns:
+            :math:`(*\text{batch}, K_i, D)`, in the units of `values`.
+
+        Raises:
+            ValueError: i, j or the shape of `values` is wrong.
+            MemoryError: :math:`T_{ij}` has more than 2^28 entries (2 GiB).
+
+        References:
+            :cite:t:`ferradans:14` for barycentric images.
+        """
+        table = self.pairwise_marginal(i, j)
+        expected = (*table.shape[:-2], table.shape[-1])
+        if not isinstance(values, Tensor) or values.shape[:-1] != expected:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"values must have shape {(*expected, 'D')}; got {got}")
+        return table @ values.to(table.dtype)
 
     def plan(self) -> Tensor:
         r"""Return the dense plan, :math:`(*\text{batch}, K_1, \dots, K_M)`.

@@ -152,7 +152,7 @@ def solve_problem(
                 backend,
                 symmetric,
                 bool(problem.forbidden),
-                list(problem.relaxation),
+                list(problem.relaxed),
                 form,
             )
         )
@@ -182,7 +182,7 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
     schema=(
         "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
         "str method, bool single, float tolerance, int max_iterations, "
-        "str backend, bool symmetric, bool forbids, float[] relaxation, str form) "
+        "str backend, bool symmetric, bool forbids, int[] relaxed, str form) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
@@ -199,7 +199,7 @@ def _solve(
     backend: Implementation,
     symmetric: bool,
     forbids: bool,
-    relaxation: list[float],
+    relaxed: list[int],
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return potentials `(B, S)`, iterations and error.
@@ -207,15 +207,15 @@ def _solve(
     This is one operator, since the number of iterations depends on the data: torch.compile does not
     look inside, and torch.func.vmap makes one larger batch.
     """
-    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxation)
+    problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxed)
     if not len(epsilon):
-        return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
+        return torch.cat(problem.marginals, -1), epsilon.long(), epsilon.clone()
     if forbids:
         problem = problem.without_empty_masks()
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        ordinary = not problem.forbidden and not problem.relaxation
+        ordinary = not problem.forbidden and not problem.relaxed
         if method == "newton" and form == "auto" and ordinary:
             iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
         if iterate is None:
@@ -263,10 +263,11 @@ def _(
     backend: Implementation,
     symmetric: bool,
     forbids: bool,
-    relaxation: list[float],
+    relaxed: list[int],
     form: FormName,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    potentials = torch.empty_like(torch.cat(marginals, -1))
+    own = marginals[:-1] if relaxed else marginals
+    potentials = torch.empty_like(torch.cat(own, -1))
     return potentials, torch.empty_like(epsilon, dtype=torch.int64), torch.empty_like(epsilon)
 
 

@@ -63,7 +63,7 @@ class Form(ABC):
 
     def __init__(self, problem: Problem, dtype: torch.dtype = torch.float64) -> None:
         self.problem, self.dtype = problem, dtype
-        self.scaling = Scaling(problem.marginals, dtype, problem.relaxation)
+        self.scaling = Scaling(problem.marginals, dtype, problem.relaxed)
         self.dual = Dual(problem)
 
     @abstractmethod
@@ -128,7 +128,13 @@ class Level(ABC):
         """
         if not self.form.dual.is_relaxed:
             return None
-        return [1 / (1 + self.epsilon.unsqueeze(-1) / rho) for rho in self.form.problem.relaxation]
+        problem = self.form.problem
+        assert problem.rho is not None
+        shrinkage = [torch.ones_like(self.epsilon).unsqueeze(-1) for _ in problem.marginals]
+        own = problem.rho / (problem.rho + self.epsilon.unsqueeze(-1))
+        for p, one in zip(problem.relaxed, own.split(1, -1), strict=True):
+            shrinkage[p] = one
+        return shrinkage
 
     def tangent(self, potentials: Tensor, now: Evaluation) -> Tensor:
         """Return -dm / d log(1 / epsilon) at constant epsilon x, `(B, S)`.

@@ -62,7 +62,7 @@ def _fastest(problem: Problem, entries: int, backend: Implementation) -> FormNam
         return "vector"
     if any(len(scope) > 2 for scope in problem.costs):
         return "table"
-    if problem.forbidden or problem.relaxation:
+    if problem.forbidden or problem.relaxed:
         return "table" if entries <= _TABLE_ENTRIES else "pairwise"
     alike = len(sizes) == 3 and len(set(sizes)) == 1 and set(problem.costs) == set(_TRIANGLE)
     if alike and backend == "torch" and entries >= _TRIANGLE_ENTRIES:
