@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from multialign.ops import Implementation
-from multialign.transport.forms.base import Evaluation, Form, Level
+from multialign.transport.forms.base import Form, Level
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.problem import Problem
-from multialign.transport.sinkhorn import Iterate, finish, make_iterate
+from multialign.transport.sinkhorn import Iterate, finish
 
 __all__ = ["newton"]
 
@@ -81,8 +82,8 @@ def newton(
     rounding = max(4 * row[1] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance
     form = make_form(problem, torch.float32 if single else torch.float64, backend, name)
-    largest = torch.stack([cost.abs().flatten(1).amax(1) for cost in problem.costs.values()])
-    largest = largest.amax(0)
+    tables = [cost.flatten(1) for cost in problem.costs.values()]
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf, 1) for x in tables]).amax(0)
     scales = torch.maximum(problem.deviation, largest / _LARGEST_COST).tolist()
     potentials, level = _first_sweeps(form, list(zip(targets, scales, strict=True)), tolerance)
     descents = [
@@ -93,10 +94,10 @@ def newton(
         potentials, level, _ = _descend(form, level, potentials, descents, largest, tolerance / 2)
         form = make_form(problem, torch.float64, backend, name)
         level = form.at(level.epsilon)
-    potentials, level, now = _descend(form, level, potentials, descents, largest, tolerance)
+    potentials, level, end = _descend(form, level, potentials, descents, largest, tolerance)
     iterations = torch.tensor([descent.steps for descent in descents], device=potentials.device)
     if all(descent.continuation.arrived and not descent.search.failed for descent in descents):
-        return make_iterate(form, problem.epsilon, potentials, *now[:2], iterations)
+        return Iterate(form.normalised(potentials, end.log_total), iterations, end.error)
     return finish(problem, form, level, potentials, iterations)
 
 
@@ -157,6 +158,15 @@ class _FirstSweeps:
 # -- Descent ---------------------------------------------------------------------------------------
 
 
+class _End(NamedTuple):
+    """What the last step saw."""
+
+    log_total: Tensor
+    """log Z, `(B,)`."""
+    error: Tensor
+    """`(B,)`."""
+
+
 def _descend(
     form: Form,
     level: Level,
@@ -164,8 +174,8 @@ def _descend(
     descents: Sequence[_Descent],
     largest: Tensor,
     tolerance: float,
-) -> tuple[Tensor, Level, Evaluation]:
-    """Take steps until each problem stops; return where: potentials, level and the plan there.
+) -> tuple[Tensor, Level, _End]:
+    """Take steps until each problem stops; return where: potentials, level and what was seen there.
 
     `largest` `(B,)` is the largest entry of the cost: potentials in cost units differ by no more.
 
@@ -180,7 +190,9 @@ def _descend(
         now = level.evaluate(potentials)
         dual, gradient, total, diagonal = form.dual.at(potentials, level.epsilon, *now[:2])
         error = torch.linalg.vector_norm(gradient, 1, -1)
-        relative = (gradient.abs() * inverse).amax(-1)
+        relative = error
+        if not all(descent.continuation.arrived for descent in descents):
+            relative = torch.linalg.vector_norm(gradient * inverse, math.inf, -1)
         for descent, (its_error, its_dual, worst) in zip(
             descents, torch.stack([error, dual, relative], 1).tolist(), strict=True
         ):
@@ -188,7 +200,7 @@ def _descend(
         if all(descent.done for descent in descents):
             # A problem that stops at a step that raised the dual too little goes back.
             failed = [descent.search.failed for descent in descents]
-            return _choose(failed, start, potentials), level, now
+            return _choose(failed, start, potentials), level, _End(now.log_total, error)
 
         renewed = [descent.renews for descent in descents]
         falls = [descent.falls for descent in descents]

@@ -10,7 +10,7 @@ from torch import Tensor
 from multialign.transport.forms.base import Form, Level
 from multialign.transport.problem import Problem
 
-__all__ = ["Iterate", "finish", "make_iterate", "sinkhorn"]
+__all__ = ["Iterate", "finish", "sinkhorn"]
 
 # A level is left at this L1 error or after this many sweeps.
 _LEVEL_ERROR = 1e-2
@@ -85,20 +85,6 @@ def finish(
     """State the result at the epsilon asked for, which the last level may not have reached."""
     target = problem.epsilon
     potentials = potentials * (level.epsilon / target).unsqueeze(-1)
-    found = form.at(target).marginals(potentials)
-    return make_iterate(form, target, potentials, *found, iterations)
-
-
-def make_iterate(
-    form: Form,
-    epsilon: Tensor,
-    potentials: Tensor,
-    log_total: Tensor,
-    marginals: Tensor,
-    iterations: Tensor,
-) -> Iterate:
-    """Measure a plan's error, and divide it by its sum where its marginals fix that."""
-    error = form.dual.at(potentials, epsilon, log_total, marginals).gradient.abs().sum(-1)
-    if not form.dual.is_relaxed:
-        potentials = potentials - (log_total / len(form.problem.marginals)).unsqueeze(-1)
-    return Iterate(potentials, iterations, error)
+    log_total, marginals = form.at(target).marginals(potentials)
+    error = form.dual.at(potentials, target, log_total, marginals).gradient.abs().sum(-1)
+    return Iterate(form.normalised(potentials, log_total), iterations, error)

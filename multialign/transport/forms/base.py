@@ -15,6 +15,7 @@ potentials alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from multialign.transport.dual import Dual
-from multialign.transport.elimination import Beliefs
+from multialign.transport.elimination import Beliefs, Pairs
 from multialign.transport.hessian import (
     DenseHessian,
     Hessian,
@@ -74,7 +75,17 @@ class Form(ABC):
         """Return H of a plan known by its pairwise marginals: all of them if it `is_dense`."""
         if not is_dense(self.scaling):
             return pairwise_hessian(self.scaling, found)
-        return DenseHessian(self.scaling, lambda: self._matrix.fill(found.joined(), found.tables))
+        return self.dense_hessian(lambda: (found.joined(), found.tables))
+
+    def dense_hessian(self, read: Callable[[], tuple[Tensor, Pairs]]) -> Hessian:
+        """Return H as a matrix; `read` returns the marginals `(B, S)` and those of all pairs."""
+        return DenseHessian(self.scaling, lambda: self._matrix.fill(*read()))
+
+    def normalised(self, potentials: Tensor, log_total: Tensor) -> Tensor:
+        """Divide the plan by its sum, where hard marginals fix that."""
+        if self.dual.is_relaxed:
+            return potentials
+        return potentials - (log_total / len(self.problem.marginals)).unsqueeze(-1)
 
     def balance(self, potentials: Tensor, log_total: Tensor) -> Tensor:
         """Divide the plan by its sum, and give all variables the same mean potential.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from multialign.transport.elimination import Beliefs
-from multialign.transport.forms.base import Evaluation, Form, Level, moved_by
+from multialign.transport.elimination import Beliefs, Pairs
+from multialign.transport.forms.base import Evaluation, Form, Level, is_dense, moved_by
 from multialign.transport.forms.guarded import ExponentRange, RangeError
 from multialign.transport.forms.pair_sweeps import PairSweeps
 from multialign.transport.problem import Problem
@@ -57,9 +57,16 @@ class _TriangleLevel(Level):
     def evaluate(self, potentials: Tensor) -> Evaluation:
         form = self.form
         log_total, marginals, tables = self._read(potentials)
-        edges = {(0, 1): tables[0], (0, 2): tables[2].mT, (1, 2): tables[1]}
+
+        def read() -> tuple[Tensor, Pairs]:
+            return marginals, {(0, 1): tables[0], (0, 2): tables[2].mT, (1, 2): tables[1]}
+
+        if is_dense(form.scaling):
+            return Evaluation(log_total, marginals, form.dense_hessian(read))
         singles = dict(enumerate(marginals.to(form.dtype).split(form.size, -1)))
-        return Evaluation(log_total, marginals, form.hessian(Beliefs(log_total, singles, edges)))
+        return Evaluation(
+            log_total, marginals, form.hessian(Beliefs(log_total, singles, dict(read()[1])))
+        )
 
     def marginals(self, potentials: Tensor) -> tuple[Tensor, Tensor]:
         return self._read(potentials)[:2]
