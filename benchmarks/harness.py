@@ -95,8 +95,8 @@ def show(row: Row) -> None:
     )
 
 
-def write(name: str, rows: Sequence[Any]) -> None:
-    """Write dataclasses as rows of `results/name.csv`, with machine, versions and commit."""
+def write(name: str, rows: Sequence[Any], folder: Path = RESULTS) -> None:
+    """Write dataclasses as rows of `folder/name.csv`, with machine, versions and commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -106,8 +106,8 @@ def write(name: str, rows: Sequence[Any]) -> None:
         "python": platform.python_version(),
         "commit": commit,
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *environment])
         writer.writeheader()
         for row in rows:
