@@ -4,6 +4,7 @@ A function below returns pairs of a number of the peer's, converted as its row s
 """
 
 import functools
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -369,3 +370,16 @@ def test_row(title, request):
 def test_every_row_of_the_page_is_here():
     titles = re.findall(r"^   \* - ((?:geomloss|POT|OTT), .*)$", PAGE.read_text("utf-8"), re.M)
     assert titles == list(ROWS)
+
+
+@pytest.mark.parametrize(("scaling", "least", "most"), [(0.5, 0.006, 0.17), (0.99, 0.0, 0.004)])
+def test_geomloss_is_below_the_converged_divergence_by_what_the_page_says(scaling, least, most):
+    for seed, relative in itertools.product(range(4), (0.05, 0.01, 0.001)):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(50, 3, generator=generator)
+        y = torch.randn(40, 3, generator=generator) + 0.3 * seed
+        epsilon = relative * float(squared_euclidean_cost(x, y).std(correction=0))
+        blur = (epsilon / 2) ** 0.5
+        theirs = geomloss.SamplesLoss("sinkhorn", blur=blur, scaling=scaling, backend="tensorized")
+        gap = 1 - 2 * theirs(x, y) / multi_marginal_sinkhorn_loss([x, y], epsilon=epsilon)
+        assert least < gap < most
