@@ -1,10 +1,11 @@
 """The solver on a grid of problems down to a tiny epsilon: which method converges, and how fast.
 
-``python -m benchmarks.small_epsilon`` takes hours on one core; ``--processes`` shares the problems
-out, and ``--tiny`` takes a few of them. Every method gets 2,000 iterations. A problem is solved if
-the L1 error of the marginals of T = exp((sum_i f_i - C) / epsilon), summed over the marginals, is
-at most 1e-6 in float64. Where the plan has few entries it is built from the potentials for that,
-the same way for every provider; elsewhere the error is the one that the solver states.
+``python -m benchmarks.small_epsilon`` takes about two hours on one core; ``--processes`` shares the
+problems out, and ``--tiny`` takes a few of them. Every method gets 2,000 iterations. A problem is
+solved if the L1 error of the marginals of T = exp((sum_i f_i - C) / epsilon), summed over the
+marginals, is at most 1e-6 in float64, apart from the rounding of C / epsilon (at most 1e-7, at the
+smallest epsilon). Where the plan has few entries it is built from the potentials for that, the same way for
+every provider; elsewhere the error is the one that the solver states.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ GRIDS: tuple[tuple[str, int, tuple[tuple[int, int], ...]], ...] = (
     ("complete", 3, ((2, 0), (5, 0), (20, 0), (60, 0))),
     ("chain", 3, ((2, 0), (5, 0), (20, 0), (200, 0))),
     ("complete", 4, ((2, 0), (5, 1), (12, 0))),
-    ("chain", 4, ((2, 1), (20, 5), (100, 0))),
-    ("star", 4, ((2, 0), (20, 0), (100, 0))),
+    ("chain", 4, ((2, 1), (20, 5), (60, 0))),
+    ("star", 4, ((2, 0), (20, 0), (60, 0))),
     ("cycle", 4, ((2, 0), (5, 0), (20, 0))),
     ("complete", 5, ((2, 0), (5, 0), (8, 0))),
-    ("chain", 5, ((2, 0), (20, 0), (200, 0))),
-    ("star", 5, ((2, 1), (20, 5), (100, 0))),
+    ("chain", 5, ((2, 0), (20, 0), (60, 0))),
+    ("star", 5, ((2, 1), (20, 5), (60, 0))),
     ("cycle", 5, ((2, 0), (5, 1), (20, 0))),
 )
 METHODS = ("auto", "newton", "sinkhorn")
@@ -55,8 +56,8 @@ METHODS = ("auto", "newton", "sinkhorn")
 DENSE = 2**16
 # The factor by which OTT's epsilon falls in each iteration.
 DECAY = 0.9
-# A call that is shorter than this, in seconds, is measured three times.
-SHORT = 0.1
+# A call is repeated until the calls took this many seconds, or this often.
+ENOUGH, OFTEN = 0.1, 5
 
 
 def version(package: str) -> str:
@@ -179,6 +180,12 @@ def make_data(problem: Problem) -> Data:
     # The costs of two points each that are all equal do not vary.
     unit = pooled.std(correction=0).item() or pooled.mean().item()
     return Data(points, costs, make_marginals(problem), problem.level * unit)
+
+
+def rounding(data: Data) -> float:
+    """Return an error that the rounding of costs and potentials to float64 makes by itself."""
+    largest = max(cost.max().item() for cost in data.costs.values()) / data.epsilon
+    return len(data.marginals) * torch.finfo(torch.float64).eps / 2 * largest
 
 
 def marginal_error(data: Data, potentials: Sequence[Any]) -> float:
@@ -373,7 +380,7 @@ def measure(problem: Problem) -> list[Row]:
         warnings.simplefilter("ignore")
         for provider, call in providers(problem, data):
             times: list[float] = []
-            while not times or (len(times) < 3 and max(times) < SHORT):
+            while not times or (len(times) < OFTEN and sum(times) < ENOUGH):
                 start = time.perf_counter()
                 answer = call()
                 times.append(time.perf_counter() - start)
@@ -389,7 +396,7 @@ def measure(problem: Problem) -> list[Row]:
                     points=problem.points,
                     level=f"{problem.level:.0e}",
                     provider=provider,
-                    converged=int(error <= TOLERANCE),
+                    converged=int(error <= TOLERANCE + rounding(data)),
                     error=f"{error:.1e}",
                     iterations=answer.iterations,
                     milliseconds=1e3 * min(times),
@@ -431,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += found
     if pool is not None:
         pool.close()
-    harness.write("small_epsilon", rows, options.folder)
+    harness.write("small_epsilon", rows, options.folder, once=True)
 
 
 if __name__ == "__main__":
