@@ -4,8 +4,8 @@
 problems out, and ``--tiny`` takes a few of them. Every method gets 2,000 iterations. A problem is
 solved if the L1 error of the marginals of T = exp((sum_i f_i - C) / epsilon), summed over the
 marginals, is at most 1e-6 in float64, apart from the rounding of C / epsilon (at most 1e-7, at the
-smallest epsilon). Where the plan has few entries it is built from the potentials for that, the same way for
-every provider; elsewhere the error is the one that the solver states.
+smallest epsilon). Where the plan has few entries it is built from the potentials for that, the same
+way for every provider; elsewhere the error is the one that the solver states.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Row = Mapping[str, str]
 Problems = Mapping[tuple[str, ...], Mapping[str, Row]]
 """The rows of each problem by provider."""
 
+# The number of problems in benchmarks.small_epsilon.grid(), of which a run may be a part.
+GRID = 3648
 METHODS = ("auto", "newton", "sinkhorn")
 PROBLEM = ("graph", "marginals", "size", "weights", "points", "level")
 KINDS = {
@@ -59,7 +61,8 @@ def summary(problems: Problems) -> str:
     solvable = [found for found in problems.values() if any(map(solved, found.values()))]
     ours = sum(solved(found["auto"]) for found in solvable)
     return (
-        f"Of {len(problems):,} problems, {len(solvable):,} are solved by at least one provider. "
+        f"{len(problems):,} of the {GRID:,} problems of the grid are recorded; at least one "
+        f"provider solves {len(solvable):,}. "
         f'Of these, "auto" solves {ours:,} ({100 * ours / len(solvable):.2f} %).'
     )
 
@@ -95,7 +98,10 @@ def kinds(rows: Sequence[Row]) -> list[str]:
     """Return a table with a row for each kind of problem and a column for each method."""
     table = [["Problems", *METHODS]]
     for title, names in KINDS.items():
-        for values in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        found = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+        if names == ("level",):
+            found.sort(key=lambda values: -float(values[0]))
+        for values in found:
             own = [row for row in rows if tuple(row[name] for name in names) == values]
             label = f"{title} {values[0]}" + "".join(f", M = {value}" for value in values[1:])
             table.append(
