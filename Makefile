@@ -83,6 +83,7 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-ben
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
 	$(PY) -m benchmarks.hostile
+	$(PY) -m benchmarks.small_epsilon
 	$(PY) -m benchmarks.decalign_step
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in

@@ -95,8 +95,11 @@ def show(row: Row) -> None:
     )
 
 
-def write(name: str, rows: Sequence[Any]) -> None:
-    """Write dataclasses as rows of `results/name.csv`, with machine, versions and commit."""
+def write(name: str, rows: Sequence[Any], folder: Path = RESULTS, *, once: bool = False) -> None:
+    """Write dataclasses as rows of `folder/name.csv`, with machine, versions and commit.
+
+    With `once` these stand in the first row only, which keeps a table of many rows small.
+    """
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -106,13 +109,13 @@ def write(name: str, rows: Sequence[Any]) -> None:
         "python": platform.python_version(),
         "commit": commit,
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *environment])
         writer.writeheader()
-        for row in rows:
+        for number, row in enumerate(rows):
             values = {
                 key: f"{value:.5g}" if isinstance(value, float) else value
                 for key, value in asdict(row).items()
             }
-            writer.writerow(values | environment)
+            writer.writerow(values if once and number else values | environment)

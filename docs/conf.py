@@ -20,6 +20,7 @@ import multialign
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import write_pictures
+from small_epsilon import write_small_epsilon
 
 project = "multialign"
 author = "The multialign developers"
@@ -227,8 +228,10 @@ def write_benchmarks(app):
     (here / "_generated").mkdir(exist_ok=True)
     write_gpu_benchmark(here)
     write_hostile(here)
-    for path in sorted((here.parent / "benchmarks" / "results").glob("*.csv")):
-        if path.stem in ("gpu", "hostile"):
+    results = here.parent / "benchmarks" / "results"
+    write_small_epsilon(results / "small_epsilon.csv", here / "_generated" / "small_epsilon.rst")
+    for path in sorted(results.glob("*.csv")):
+        if path.stem in ("gpu", "hostile", "small_epsilon"):
             continue
         with path.open() as file:
             rows = list(csv.DictReader(file))
