@@ -42,9 +42,10 @@ def is_extreme(costs: Sequence[Tensor], epsilon: Tensor) -> bool:
         return True
     if not epsilon.numel():
         return False
-    largest = torch.stack([cost.detach().abs().amax() for cost in costs]).amax()
     try:
-        return bool(largest > _LARGEST_COST * epsilon.detach().amin())
+        smallest = epsilon.detach().min().item()
+        largest = [torch.linalg.vector_norm(cost.detach(), math.inf).item() for cost in costs]
+        return max(largest) > _LARGEST_COST * smallest
     except RuntimeError:  # under torch.func.vmap, which reads no values
         return True
 

@@ -117,12 +117,15 @@ def _first_sweeps(
     sweeps = [_FirstSweeps(*pair, form.sweep_pairs) for pair in numbers]
     epsilons = [one.epsilon for one in sweeps]
     level = form.at(wanted.new_tensor(epsilons))
+    pairs = level.sweeps(potentials, 2, _INNER)
     while True:
         going = [one.going for one in sweeps]
         if not any(going):
             return potentials, level
-        swept, moved = level.sweep(potentials, 2, _INNER)
+        swept, moved = next(pairs)
         potentials = _choose(going, swept, potentials)
+        if not all(going):
+            pairs = level.sweeps(potentials, 2, _INNER)
         for one, (first, second) in zip(sweeps, moved.tolist(), strict=True):
             one.decide(first, second, tolerance)
         lower = [one.epsilon for one in sweeps]
@@ -131,6 +134,7 @@ def _first_sweeps(
             level = form.at(wanted.new_tensor(lower))
             # What the cost has added to the potentials is, in cost units, what stays the same.
             potentials = torch.lerp(product, potentials, (before / level.epsilon).unsqueeze(-1))
+            pairs = level.sweeps(potentials, 2, _INNER)
 
 
 class _FirstSweeps:

@@ -15,7 +15,7 @@ potentials alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -130,6 +130,12 @@ class Level(ABC):
             The potentials, and how far each sweep moved them, `(B, times)`: the mean of |dx_p|
             under nu_p, summed over p. To first order it is the L1 error before the sweep.
         """
+
+    def sweeps(self, potentials: Tensor, times: int, inner: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sweep on and on, `times` at once; what a form has multiplied in place it goes on with."""
+        while True:
+            potentials, moved = self.sweep(potentials, times, inner)
+            yield potentials, moved
 
     def shrinkage(self) -> list[Tensor] | None:
         """Return rho / (rho + epsilon) of each marginal, `(B, 1)`; None if none is relaxed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -93,6 +93,16 @@ class _GuardedLevel(Level):
 
     def sweep(self, potentials: Tensor, times: int = 1, inner: int = 0) -> tuple[Tensor, Tensor]:
         return self._try(lambda level: level.sweep(potentials, times, inner))
+
+    def sweeps(self, potentials: Tensor, times: int, inner: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self._is_safe:
+            try:
+                for swept in self._level.sweeps(potentials, times, inner):
+                    potentials = swept[0]
+                    yield swept
+            except RangeError:
+                self._level, self._is_safe = self.form.level(self.epsilon, safe=True), True
+        yield from self._level.sweeps(potentials, times, inner)
 
     def _try(self, call: Callable[[Level], _T]) -> _T:
         if not self._is_safe:

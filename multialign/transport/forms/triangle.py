@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -72,6 +73,9 @@ class _TriangleLevel(Level):
         return self._read(potentials)[:2]
 
     def sweep(self, potentials: Tensor, times: int = 1, inner: int = 0) -> tuple[Tensor, Tensor]:
+        return next(self.sweeps(potentials, times, inner))
+
+    def sweeps(self, potentials: Tensor, times: int, inner: int) -> Iterator[tuple[Tensor, Tensor]]:
         tables = self._factors(potentials).unbind(0)
         turned = [table.mT for table in tables]
 
@@ -81,11 +85,12 @@ class _TriangleLevel(Level):
         def scale(p: int, here: Tensor, before: Tensor) -> None:
             tables[p - 1].mul_(here.mT).mul_(before)
 
-        changes = self.form.pairs.sweep(times, inner, joint, scale)
-        swept, moved = moved_by(potentials, changes, self.form.scaling)
-        if not math.isfinite(moved.sum().item()):
-            raise RangeError
-        return swept, moved
+        while True:
+            changes = self.form.pairs.sweep(times, inner, joint, scale)
+            potentials, moved = moved_by(potentials, changes, self.form.scaling)
+            if not math.isfinite(moved.sum().item()):
+                raise RangeError
+            yield potentials, moved
 
     def _read(self, potentials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log Z, m, and the pairwise marginals."""
