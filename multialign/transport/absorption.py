@@ -45,7 +45,7 @@ def is_extreme(costs: Sequence[Tensor], epsilon: Tensor) -> bool:
     try:
         smallest = epsilon.detach().min().item()
         largest = [torch.linalg.vector_norm(cost.detach(), math.inf).item() for cost in costs]
-        return max(largest) > _LARGEST_COST * smallest
+        return bool(max(largest) > _LARGEST_COST * smallest)
     except RuntimeError:  # under torch.func.vmap, which reads no values
         return True
 
