@@ -89,11 +89,9 @@ class _Options:
     solver: SolverOptions
 
     def __post_init__(self) -> None:
-        vars(self).update(  # numbers of NumPy become Python's
-            epsilon=check_positive("epsilon", self.epsilon),
-            transport_weight=check_positive("transport_weight", self.transport_weight, zero=True),
-            prototype_weight=check_positive("prototype_weight", self.prototype_weight, zero=True),
-        )
+        for name in ("epsilon", "transport_weight", "prototype_weight"):
+            # A number of NumPy becomes Python's.
+            vars(self)[name] = check_positive(name, getattr(self, name), zero=name != "epsilon")
         check_choice("objective", self.objective, ("transport", "regularized"))
         check_choice("matching", self.matching, ("index", "plan"))
         check_choice("cost_reduction", self.cost_reduction, ("sum", "mean"))
@@ -211,10 +209,9 @@ class PrototypeAlignmentLoss(MomentumModule):
     features are :math:`(N_m, D)`.
 
     Options are attributes that are read at each call, so that ``loss.epsilon = 0.01`` counts from
-    the next one on; those of `prototypes` do not count. With `momentum`, `num_prototypes`,
-    `num_features`, `num_modalities` and `covariance_type` cannot be set; nor can `momentum` itself
-    where it was None from the beginning. A copy shares the `process_group`; a pickle drops it, with
-    a warning: set it again after loading, ``loss.process_group = group``.
+    the next one on; those of `prototypes` do not count. With `momentum`, what fixes the shapes of
+    buffers cannot be set, `num_modalities` included. A copy shares the `process_group`; a pickle
+    drops it, with a warning: set it again after loading, ``loss.process_group = group``.
 
     Args:
         num_prototypes: K, or one for each modality (with ``matching="plan"``).
@@ -239,9 +236,7 @@ class PrototypeAlignmentLoss(MomentumModule):
         process_group: Given one, the loss is that of all ranks' samples together.
 
     Raises:
-        AttributeError: An option is set that cannot be.
-        RuntimeError: With `momentum` in training mode, :func:`torch.utils.checkpoint.checkpoint`
-            calls it again in the backward pass, when the running mixtures are others already.
+        AttributeError, RuntimeError: See :class:`GaussianPrototypes`.
 
     References:
         Eq. 2-9 of :cite:t:`decalign:26`.
@@ -307,8 +302,8 @@ class PrototypeAlignmentLoss(MomentumModule):
         if check_momentum(momentum) is not None:
             if num_features is None or num_modalities is None:
                 raise ValueError(
-                    "momentum needs num_features and num_modalities, the numbers D and M, for the "
-                    f"shapes of the running mixtures; got {num_features} and {num_modalities}"
+                    "momentum needs num_features (D) and num_modalities (M), which the running "
+                    f"mixtures' shapes depend on; got {num_features} and {num_modalities}"
                 )
             fit = {key: value for key, value in vars(options.fit).items() if key != "em_tolerance"}
             self.prototypes.extend(
@@ -323,10 +318,9 @@ class PrototypeAlignmentLoss(MomentumModule):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Return the loss of M feature sets."""
-        options = _sort_options(vars(self))
-        samples, counts = self._check(features, weights, options)
-        with full_precision(samples.features[0]):
-            return _loss(self._fit(samples, counts, options), options)
+        fit, options = self._fit(features, weights)
+        with full_precision(fit.samples.features[0]):
+            return _loss(fit, options)
 
     def solve(
         self,
@@ -334,10 +328,8 @@ class PrototypeAlignmentLoss(MomentumModule):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> PrototypeAlignment:
         """Return the loss of M feature sets with all its parts."""
-        options = _sort_options(vars(self))
-        samples, counts = self._check(features, weights, options)
-        with full_precision(samples.features[0]):
-            fit = self._fit(samples, counts, options)
+        fit, options = self._fit(features, weights)
+        with full_precision(fit.samples.features[0]):
             solution = _solve(fit, options)
             transport = _transport_loss(solution, options)
             prototype = _prototype_loss(fit, solution, options)
@@ -352,24 +344,19 @@ class PrototypeAlignmentLoss(MomentumModule):
             f"matching={self.matching!r}, cost_reduction={self.cost_reduction!r}"
         )
 
-    def _check(
-        self, features: object, weights: object, options: _Options
-    ) -> tuple[Samples, list[int]]:
-        """Return the samples, and K of each modality."""
+    def _fit(self, features: object, weights: object) -> tuple[_Fit, _Options]:
+        """Return the samples with their mixtures, and the options as they are now."""
+        options, momentum = _sort_options(vars(self)), check_momentum(self.momentum)
         samples, counts = _check(features, weights, self.num_prototypes, options)
         check_size("features", "num_modalities", self.num_modalities, len(counts))
-        dim = samples.features[0].shape[-1]
-        check_size("features", "num_features", self.num_features, dim)
-        return samples, counts
-
-    def _fit(self, samples: Samples, counts: Sequence[int], options: _Options) -> _Fit:
-        momentum = check_momentum(self.momentum)
-        if momentum is None:
-            return _fit(samples, counts, options)
-        models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
-        modalities = Modalities(samples, counts, options.fit)
-        mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
-        return _Fit(samples, mixtures, modalities.posterior_moments(mixtures))
+        check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
+        with full_precision(samples.features[0]):
+            if momentum is None:
+                return _fit(samples, counts, options), options
+            models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
+            modalities = Modalities(samples, counts, options.fit)
+            mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
+            return _Fit(samples, mixtures, modalities.posterior_moments(mixtures)), options
 
 
 def _sort_options(arguments: Mapping[str, Any]) -> _Options:
