@@ -210,8 +210,9 @@ class PrototypeAlignmentLoss(MomentumModule):
 
     Options are attributes that are read at each call, so that ``loss.epsilon = 0.01`` counts from
     the next one on; those of `prototypes` do not count. With `momentum`, what fixes the shapes of
-    buffers cannot be set, `num_modalities` included. A copy shares the `process_group`; a pickle
-    drops it, with a warning: set it again after loading, ``loss.process_group = group``.
+    buffers cannot be set, `num_modalities` included (see :class:`GaussianPrototypes`). A copy
+    shares the `process_group`; a pickle drops it, with a warning: set it again after loading,
+    ``loss.process_group = group``.
 
     Args:
         num_prototypes: K, or one for each modality (with ``matching="plan"``).
@@ -234,9 +235,6 @@ class PrototypeAlignmentLoss(MomentumModule):
         backend: As in :func:`multi_marginal_sinkhorn`.
         generator: Draws the seeds; None stands for torch's global generator.
         process_group: Given one, the loss is that of all ranks' samples together.
-
-    Raises:
-        AttributeError, RuntimeError: See :class:`GaussianPrototypes`.
 
     References:
         Eq. 2-9 of :cite:t:`decalign:26`.
