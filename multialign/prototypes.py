@@ -480,10 +480,11 @@ def _barycentres(plan: Tensor, means: Tensor) -> Tensor:
 
 def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:
     """Return K for each modality; for one where it is not known how many there are."""
-    modalities = check_count("num_modalities", num_modalities or 1)
+    known = num_modalities is not None
+    modalities = check_count("num_modalities", num_modalities) if known else 1
     if isinstance(num_prototypes, Sequence) and not isinstance(num_prototypes, str):
         counts = [check_count("num_prototypes", count) for count in num_prototypes]
-        modalities = num_modalities or len(counts)
+        modalities = modalities if known else len(counts)
     else:
         counts = [check_count("num_prototypes", num_prototypes)] * modalities
     if len(counts) != modalities:

@@ -92,6 +92,7 @@ def test_copies_are_apart(name):
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @every_entry
+@pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
 def test_averages(name, use_buffers, last):
     """With use_buffers, of the buffers too; without, they are those of the newest model."""
     model = nn.Module()
@@ -148,6 +149,7 @@ def test_states_round_trip_strictly(name):
 
 
 @every_entry
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoints_round_trip(name, tmp_path):
     module, other = made(name), made(name)
     evaluate(module)
@@ -272,13 +274,19 @@ def test_counters_are_read_only_where_something_else_wrote_them(monkeypatch):
     evaluate(module)
     reads = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(1) or tolist(x))
+
+    def record(x):
+        if x.shape == (3,) and x.dtype == torch.long:
+            reads.append(id(x))
+        return tolist(x)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", record)
     evaluate(module)
     evaluate(module.eval())
     assert not reads
     module.load_state_dict(state_of(module))
     evaluate(module)
-    assert len(reads) == 1
+    assert len(set(reads)) == 1  # of all three at once
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -289,15 +297,16 @@ def test_recomputation_with_momentum_is_refused(use_reentrant):
     with pytest.raises(RuntimeError, match="cannot be repeated in the backward pass"):
         loss.backward()
     # In eval mode nothing changes, and it is right.
-    grads = []
-    for call in (module.eval(), lambda x: checkpoint(module, x, use_reentrant=use_reentrant)):
-        grads.append(torch.autograd.grad(call([leaf, *X[1:]]), leaf, allow_unused=True)[0])
-    if not use_reentrant:  # the other kind finds no tensors in a list
-        torch.testing.assert_close(*grads)
+    module.eval()
+    repeated = checkpoint(lambda x: module([x, *X[1:]]), leaf, use_reentrant=use_reentrant)
+    grads = [torch.autograd.grad(loss, leaf)[0] for loss in (module([leaf, *X[1:]]),)]
+    repeated.backward()
+    torch.testing.assert_close(leaf.grad, *grads)
 
 
 @pytest.mark.transforms
 def test_compiles_from_the_first_call_on():
+    torch.compiler.reset()
     features = clusters([8, 8])
     module = PrototypeAlignmentLoss(
         2, momentum=0.5, num_features=2, num_modalities=2, em_iterations=1
@@ -306,6 +315,7 @@ def test_compiles_from_the_first_call_on():
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     bad = [torch.full_like(x, torch.nan) for x in features]
     for batch in (bad, features, [x + 1 for x in features], bad):
+        batch = [x.requires_grad_() for x in batch]
         torch.testing.assert_close(
             evaluate(call, batch), evaluate(module, batch), equal_nan=True, rtol=1e-6, atol=1e-8
         )
@@ -433,9 +443,7 @@ every_option = pytest.mark.parametrize(("name", "key"), CASES)
 
 def module_with(name, **options):
     """Return the Module of a loss, or GaussianPrototypes."""
-    defaults = {"num_prototypes": 2} if name == "fit" else dict(LOSSES[name].options)
-    if name == "mmd" and "num_features" in options:
-        defaults["estimator"] = "random_features"
+    defaults = {"num_prototypes": 2} if name == "fit" else LOSSES[name].options
     return MODULES[name](**{**defaults, **options})
 
 
@@ -458,17 +466,17 @@ def value_and_gradients(module, features=X):
 @pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
 def test_an_option_set_counts_from_the_next_call_on(name, key):
     value, wrong = OPTIONS[key]
-    module = module_with(
-        name,
-        **({"num_features": 9} if (name, key) == ("mmd", key) and key == "num_features" else {}),
-    )
+    # Only one estimator draws numbers.
+    drawing = name == "mmd" and key in ("generator", "num_features")
+    options = {"estimator": "random_features"} if drawing else {}
+    module = module_with(name, **options)
     before = value_and_gradients(module)
     setattr(module, key, value)
     assert getattr(module, key) is value
     after = value_and_gradients(module)
-    expected = value_and_gradients(module_with(name, **{key: value}))
+    expected = value_and_gradients(module_with(name, **{**options, key: value}))
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
-    if key not in SILENT or name == "mmd":
+    if key not in SILENT or drawing:
         assert any(not torch.equal(a, b) for a, b in zip(before, after))
     if wrong is None:
         return
@@ -477,7 +485,7 @@ def test_an_option_set_counts_from_the_next_call_on(name, key):
             module.momentum = wrong
         return
     setattr(module, key, wrong)
-    with pytest.raises((TypeError, ValueError), match=key.removeprefix("each of ")):
+    with pytest.raises((TypeError, ValueError), match=key):
         value_and_gradients(module)
 
 
@@ -529,8 +537,8 @@ def test_numbers_of_numpy_are_numbers(name, key):
     for wrong in (True, np.True_, "1", None, [1], np.ones(2), 1j, torch.ones(2)):
         if wrong is None and key in ("epsilon", "tolerance", "num_features", "num_modalities"):
             continue  # it has a meaning there
-        if key == "num_prototypes" and wrong == [1]:
-            continue
+        if key in ("num_prototypes", "bandwidth") and isinstance(wrong, list):
+            continue  # several of them
         with pytest.raises((TypeError, ValueError), match=key):
             value_and_gradients(module_with(name, **{key: wrong}))
 
