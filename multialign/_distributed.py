@@ -11,17 +11,21 @@ for another would wait for ever.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ALONE", "GatheredRows", "ProcessGroup", "Ranks"]
+__all__ = ["ALONE", "GatheredRows", "GroupModule", "ProcessGroup", "Ranks"]
 
 # torch.distributed has no such class where it was built without support for it.
 ProcessGroup: TypeAlias = "dist.ProcessGroup"
+
+_Module = TypeVar("_Module", bound="GroupModule")
 
 
 class GatheredRows(NamedTuple):
@@ -120,6 +124,35 @@ class Ranks:
 
 
 ALONE = Ranks(None)
+
+
+class GroupModule(nn.Module):
+    """A Module with a `process_group`, which its copies share and which a pickle cannot hold."""
+
+    process_group: ProcessGroup | None
+
+    def __copy__(self: _Module) -> _Module:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self: _Module, memo: dict[int, Any]) -> _Module:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.process_group)] = self.process_group  # stands for its own copy
+        copied.__dict__.update(copy.deepcopy(super().__getstate__(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the process group, which belongs to running processes."""
+        state: dict[str, Any] = super().__getstate__()
+        if state["process_group"] is not None:
+            warnings.warn(
+                f"a pickle of {type(self).__name__} holds no process_group: after loading, set it "
+                "again, loss.process_group = group",
+                stacklevel=2,
+            )
+        return {**state, "process_group": None}
 
 
 def _check_group(group: object) -> None:

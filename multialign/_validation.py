@@ -7,7 +7,10 @@ values, so none makes a CUDA device synchronise.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,10 +23,12 @@ __all__ = [
     "check_entries",
     "check_positive",
     "check_samples",
+    "check_size",
     "check_tensor",
     "check_tensors",
     "check_weights",
     "full_precision",
+    "is_integer",
     "lift",
 ]
 
@@ -38,21 +43,45 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {expected}; got {_describe(value)}")
 
 
-def check_positive(name: str, value: object, *, zero: bool = False) -> None:
-    """Raise unless `value` is a finite number > 0, or >= 0 where `zero` is allowed."""
+def check_positive(name: str, value: object, *, zero: bool = False) -> float:
+    """Return `value`, Python's or NumPy's, if it is finite and > 0, or >= 0 where `zero` is so."""
     expected = f"a finite number {'>=' if zero else '>'} 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # The types of Python first: torch.compile does not know that they are registered as Real.
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be {expected}; got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be {expected}; got {value}")
+    return number
 
 
-def check_count(name: str, value: object, *, minimum: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(name: str, value: object, *, minimum: int = 1) -> int:
+    """Return `value`, an integer of Python or of another library, if it is at least `minimum`."""
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer >= {minimum}; got {_describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}; got {value}")
+    count = operator.index(value)
+    if count < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}; got {count}")
+    return count
+
+
+def check_size(what: str, name: str, option: object, size: int) -> None:
+    """Raise unless the option `name` is None or the size that `what` has."""
+    if option is not None and check_count(name, option) != size:
+        raise ValueError(f"{what} must have {name} = {option}; got {size}")
+
+
+def is_integer(value: object) -> TypeGuard[SupportsIndex]:
+    """Return whether `value` is an integer, Python's or another library's, and no bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    if not hasattr(value, "__index__"):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:  # an array of several entries, or of no integers
+        return False
+    return True
 
 
 def check_entries(entries: int, alternative: str) -> None:

@@ -8,9 +8,9 @@ from itertools import combinations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multialign._distributed import ProcessGroup, Ranks
+from multialign._distributed import GroupModule, ProcessGroup, Ranks
 from multialign._samples import Samples, make_samples
 from multialign._validation import (
     check_choice,
@@ -102,7 +102,7 @@ def mmd_loss(
         >>> mmd_loss([x, y], bandwidth=2.0)
         tensor(0.8415)
     """
-    _check_options(bandwidth, estimator, num_features)
+    num_features = _check_options(bandwidth, estimator, num_features)
     ranks = Ranks(process_group)
     tensors, checked = ranks.gather(*check_samples(features, weights))
     if estimator == "unbiased":
@@ -129,7 +129,7 @@ def mmd_loss(
         return loss.mean() / pairs
 
 
-class MMDLoss(nn.Module):
+class MMDLoss(GroupModule):
     r"""Loss that matches whole distributions across modalities: their squared MMD.
 
     .. math::
@@ -331,9 +331,9 @@ def _median_distance(samples: Samples) -> Tensor:
     return torch.where(usable, median, median.new_ones(()))
 
 
-def _check_options(bandwidth: object, estimator: str, num_features: int) -> None:
+def _check_options(bandwidth: object, estimator: str, num_features: int) -> int:
+    """Check the options and return num_features as an integer of Python."""
     check_choice("estimator", estimator, ("biased", "unbiased", "random_features"))
-    check_count("num_features", num_features)
     if isinstance(bandwidth, str):
         check_choice("bandwidth given as a string", bandwidth, ("median",))
     elif isinstance(bandwidth, Sequence):
@@ -343,3 +343,4 @@ def _check_options(bandwidth: object, estimator: str, num_features: int) -> None
             check_positive("each bandwidth", value)
     else:
         check_positive("bandwidth", bandwidth)
+    return check_count("num_features", num_features)

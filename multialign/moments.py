@@ -8,9 +8,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multialign._distributed import ProcessGroup, Ranks
+from multialign._distributed import GroupModule, ProcessGroup, Ranks
 from multialign._samples import Samples, make_samples
 from multialign._validation import (
     check_choice,
@@ -81,7 +81,7 @@ def gaussian_moment_loss(
         >>> gaussian_moment_loss([x, x + 1.0])
         tensor(1.)
     """
-    _check_options(moments, feature_reduction, eps)
+    eps = _check_options(moments, feature_reduction, eps)
     ranks = Ranks(process_group)
     tensors, checked = check_samples(features, weights)
     if "covariance" in moments:
@@ -102,7 +102,7 @@ def gaussian_moment_loss(
         return loss.mean() / pairs
 
 
-class GaussianMomentLoss(nn.Module):
+class GaussianMomentLoss(GroupModule):
     r"""Loss that matches mean, covariance and skewness across modalities.
 
     .. math::
@@ -287,10 +287,11 @@ def _pairwise_spread(values: Tensor, present: Tensor) -> Tensor:
     return count * (present * (values - mean)).square().sum(0)
 
 
-def _check_options(moments: Sequence[str], feature_reduction: str, eps: float) -> None:
+def _check_options(moments: Sequence[str], feature_reduction: str, eps: float) -> float:
+    """Check the options and return eps as a number of Python."""
     if isinstance(moments, str) or not isinstance(moments, Sequence) or not moments:
         raise ValueError(f"moments must be a non-empty sequence of {MOMENTS}; got {moments!r}")
     for moment in moments:
         check_choice("each of moments", moment, MOMENTS)
     check_choice("feature_reduction", feature_reduction, ("sum", "mean"))
-    check_positive("eps", eps, zero=True)
+    return check_positive("eps", eps, zero=True)

@@ -17,6 +17,7 @@ from multialign._validation import (
     check_count,
     check_positive,
     check_samples,
+    check_size,
     full_precision,
 )
 from multialign.costs import bures_wasserstein_cost, pairwise_bures_cost
@@ -27,6 +28,7 @@ from multialign.mixture import (
     GaussianMixture,
     GaussianPrototypes,
     Modalities,
+    MomentumModule,
     check_momentum,
     running_mixtures,
 )
@@ -87,12 +89,12 @@ class _Options:
     solver: SolverOptions
 
     def __post_init__(self) -> None:
-        check_positive("epsilon", self.epsilon)
+        for name in ("epsilon", "transport_weight", "prototype_weight"):
+            # A number of NumPy becomes Python's.
+            vars(self)[name] = check_positive(name, getattr(self, name), zero=name != "epsilon")
         check_choice("objective", self.objective, ("transport", "regularized"))
         check_choice("matching", self.matching, ("index", "plan"))
         check_choice("cost_reduction", self.cost_reduction, ("sum", "mean"))
-        check_positive("transport_weight", self.transport_weight, zero=True)
-        check_positive("prototype_weight", self.prototype_weight, zero=True)
 
 
 def prototype_alignment_loss(
@@ -192,7 +194,7 @@ def prototype_alignment_loss(
         return _loss(_fit(samples, counts, options), options)
 
 
-class PrototypeAlignmentLoss(nn.Module):
+class PrototypeAlignmentLoss(MomentumModule):
     r"""Loss that aligns modalities through the components of a Gaussian mixture fitted to each.
 
     .. math::
@@ -202,13 +204,22 @@ class PrototypeAlignmentLoss(nn.Module):
 
     Called ``(features, weights=None)`` with M tensors :math:`(*\text{batch}, N_m, D)`; see
     :func:`prototype_alignment_loss` for the definition, units and errors. With `momentum`, each
-    modality's mixture is remembered between calls (see :class:`GaussianPrototypes`), for batches
-    too small to carry K components.
+    modality's mixture is remembered between calls, for batches too small to carry K components:
+    `prototypes` holds a :class:`GaussianPrototypes` for each modality, with its buffers, and
+    features are :math:`(N_m, D)`.
+
+    Options are attributes that are read at each call, so that ``loss.epsilon = 0.01`` counts from
+    the next one on; those of `prototypes` do not count. With `momentum`, what fixes the shapes of
+    buffers cannot be set, `num_modalities` included (see :class:`GaussianPrototypes`). A copy
+    shares the `process_group`; a pickle drops it, with a warning: set it again after loading,
+    ``loss.process_group = group``.
 
     Args:
         num_prototypes: K, or one for each modality (with ``matching="plan"``).
         epsilon: > 0, in the units of the costs.
         momentum: None, or the weight in (0, 1] of the newest batch in the running mixtures.
+        num_features: D; `momentum` needs it.
+        num_modalities: M; `momentum` needs it.
         covariance_type: "diag", "full", "tied" or "spherical".
         em_iterations: EM steps from the seeds or from the running mixture.
         objective: "transport" or "regularized".
@@ -244,6 +255,8 @@ class PrototypeAlignmentLoss(nn.Module):
         *,
         epsilon: float = 0.1,
         momentum: float | None = None,
+        num_features: int | None = None,
+        num_modalities: int | None = None,
         covariance_type: CovarianceType = "diag",
         em_iterations: int = 10,
         objective: Objective = "transport",
@@ -261,14 +274,41 @@ class PrototypeAlignmentLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.options = _sort_options(locals())
-        check_momentum(momentum)
-        for count in [num_prototypes] if isinstance(num_prototypes, int) else num_prototypes:
-            check_count("num_prototypes", count)
         self.num_prototypes = num_prototypes
+        self.epsilon = epsilon
         self.momentum = momentum
-        # One for each modality; the first call says how many there are.
+        self.num_features = num_features
+        self.num_modalities = num_modalities
+        self.covariance_type = covariance_type
+        self.em_iterations = em_iterations
+        self.objective = objective
+        self.matching = matching
+        self.cost_reduction = cost_reduction
+        self.transport_weight = transport_weight
+        self.prototype_weight = prototype_weight
+        self.regularization = regularization
+        self.differentiate = differentiate
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.method = method
+        self.backend = backend
+        self.generator = generator
+        self.process_group = process_group
+        options = _sort_options(vars(self))  # checks them
+        counts = _counts(num_prototypes, num_modalities, options.matching)
         self.prototypes = nn.ModuleList()
+        if check_momentum(momentum) is not None:
+            if num_features is None or num_modalities is None:
+                raise ValueError(
+                    "momentum needs num_features (D) and num_modalities (M), which the running "
+                    f"mixtures' shapes depend on; got {num_features} and {num_modalities}"
+                )
+            fit = {key: value for key, value in vars(options.fit).items() if key != "em_tolerance"}
+            self.prototypes.extend(
+                GaussianPrototypes(count, num_features=num_features, momentum=momentum, **fit)
+                for count in counts
+            )
+        self._has_buffers = momentum is not None
 
     def forward(
         self,
@@ -276,9 +316,9 @@ class PrototypeAlignmentLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Return the loss of M feature sets."""
-        samples, counts = _check(features, weights, self.num_prototypes, self.options)
-        with full_precision(samples.features[0]):
-            return _loss(self._fit(samples, counts), self.options)
+        fit, options = self._fit(features, weights)
+        with full_precision(fit.samples.features[0]):
+            return _loss(fit, options)
 
     def solve(
         self,
@@ -286,64 +326,35 @@ class PrototypeAlignmentLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> PrototypeAlignment:
         """Return the loss of M feature sets with all its parts."""
-        samples, counts = _check(features, weights, self.num_prototypes, self.options)
-        with full_precision(samples.features[0]):
-            fit = self._fit(samples, counts)
-            solution = _solve(fit, self.options)
-            transport = _transport_loss(solution, self.options)
-            prototype = _prototype_loss(fit, solution, self.options)
-            a, b = self.options.transport_weight, self.options.prototype_weight
-            loss = a * transport + b * prototype
+        fit, options = self._fit(features, weights)
+        with full_precision(fit.samples.features[0]):
+            solution = _solve(fit, options)
+            transport = _transport_loss(solution, options)
+            prototype = _prototype_loss(fit, solution, options)
+            loss = options.transport_weight * transport + options.prototype_weight * prototype
             return PrototypeAlignment(loss, transport, prototype, fit.mixtures, solution)
-
-    def _fit(self, samples: Samples, counts: Sequence[int]) -> _Fit:
-        models = self._models(counts)
-        if self.momentum is None:
-            return _fit(samples, counts, self.options)
-        modalities = Modalities(samples, counts, self.options.fit)
-        mixtures = running_mixtures(models, modalities)
-        return _Fit(samples, mixtures, modalities.posterior_moments(mixtures))
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
-        options = self.options
         return (
-            f"{self.num_prototypes}, epsilon={options.epsilon}, momentum={self.momentum}, "
-            f"covariance_type={options.fit.covariance_type!r}, objective={options.objective!r}, "
-            f"matching={options.matching!r}, cost_reduction={options.cost_reduction!r}"
+            f"{self.num_prototypes}, epsilon={self.epsilon}, momentum={self.momentum}, "
+            f"covariance_type={self.covariance_type!r}, objective={self.objective!r}, "
+            f"matching={self.matching!r}, cost_reduction={self.cost_reduction!r}"
         )
 
-    def _models(self, counts: Sequence[int]) -> list[GaussianPrototypes]:
-        if self.momentum is None and len(self.prototypes) != len(counts):
-            self.prototypes = nn.ModuleList()  # nothing is remembered: M may change
-        if len(self.prototypes) == 0:
-            self.prototypes.extend(self._model(count) for count in counts)
-        # A first call in eval mode, as Lightning's sanity check makes, must not leave them in it.
-        if any(model.training != self.training for model in self.prototypes):
-            self.prototypes.train(self.training)
-        if len(self.prototypes) != len(counts):
-            raise ValueError(
-                f"features must have the {len(self.prototypes)} modalities whose prototypes are "
-                f"remembered; got {len(counts)}"
-            )
-        return [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
-
-    def _model(self, count: int) -> GaussianPrototypes:
-        # It takes all options of a fit but the tolerance.
-        options = {k: v for k, v in vars(self.options.fit).items() if k != "em_tolerance"}
-        return GaussianPrototypes(count, momentum=self.momentum, **options)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        saved = {
-            key[len(prefix) :].split(".")[1]
-            for key in state_dict
-            if key.startswith(f"{prefix}prototypes.")
-        }
-        if len(self.prototypes) == 0 and saved:
-            self._models(_counts(self.num_prototypes, len(saved), self.options.matching))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _fit(self, features: object, weights: object) -> tuple[_Fit, _Options]:
+        """Return the samples with their mixtures, and the options as they are now."""
+        options, momentum = _sort_options(vars(self)), check_momentum(self.momentum)
+        samples, counts = _check(features, weights, self.num_prototypes, options)
+        check_size("features", "num_modalities", self.num_modalities, len(counts))
+        check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
+        with full_precision(samples.features[0]):
+            if momentum is None:
+                return _fit(samples, counts, options), options
+            models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
+            modalities = Modalities(samples, counts, options.fit)
+            mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
+            return _Fit(samples, mixtures, modalities.posterior_moments(mixtures)), options
 
 
 def _sort_options(arguments: Mapping[str, Any]) -> _Options:
@@ -467,14 +478,15 @@ def _barycentres(plan: Tensor, means: Tensor) -> Tensor:
     return (plan / torch.where(mass == 0, 1.0, mass)) @ means
 
 
-def _counts(num_prototypes: object, modalities: int, matching: str) -> list[int]:
-    """Return K for each modality."""
+def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:
+    """Return K for each modality; for one where it is not known how many there are."""
+    known = num_modalities is not None
+    modalities = check_count("num_modalities", num_modalities) if known else 1
     if isinstance(num_prototypes, Sequence) and not isinstance(num_prototypes, str):
-        counts = list(num_prototypes)
+        counts = [check_count("num_prototypes", count) for count in num_prototypes]
+        modalities = modalities if known else len(counts)
     else:
-        counts = [num_prototypes] * modalities
-    for count in counts:
-        check_count("num_prototypes", count)
+        counts = [check_count("num_prototypes", num_prototypes)] * modalities
     if len(counts) != modalities:
         raise ValueError(
             f"num_prototypes must be an integer or {modalities} of them, one for each modality; "

@@ -18,6 +18,7 @@ from multialign._validation import (
     check_positive,
     check_samples,
     full_precision,
+    is_integer,
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
@@ -222,6 +223,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         weights: Tensor | Sequence[Tensor | None] | None = None,
     ) -> TransportSolution:
         """Return the solution of the transport problem between the clouds, without debiasing."""
+        _check_options(self.epsilon, self.graph, self.debias, self.cost, self.marginal_relaxation)
         samples = _check_points(points, weights)
         edges = _edges(self.graph, len(samples.features))
         with full_precision(samples.features[0]):
@@ -258,7 +260,7 @@ def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
     if isinstance(graph, str):
         chain = [(i, i + 1) for i in range(count - 1)]
         return [*chain, (0, count - 1)] if graph == "cycle" and count > 2 else chain
-    edges = [(min(pair), max(pair)) for pair in graph]
+    edges = [(int(min(pair)), int(max(pair))) for pair in graph]
     for edge in edges:
         if not 0 <= edge[0] < edge[1] < count:
             raise ValueError(
@@ -331,7 +333,7 @@ def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
     """Return epsilon `(*batch)` in float64."""
     first = samples.present[0].double()
     if epsilon is not None:
-        return torch.full_like(first, epsilon)
+        return torch.full_like(first, check_positive("epsilon", epsilon))
     # Scaled so that equal weights count 1 each, a cloud counts by its size.
     counts = [mass.double() * (mass != 0).sum(-1, keepdim=True) for mass in samples.masses]
     pairs = {(i, j): counts[i].unsqueeze(-1) * counts[j].unsqueeze(-2) for i, j in costs}
@@ -406,7 +408,7 @@ def _check_options(
     if isinstance(graph, str):
         check_choice("graph", graph, GRAPHS)
     elif not isinstance(graph, Sequence) or not all(
-        isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(v, int) for v in pair)
+        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_integer, pair))
         for pair in graph
     ):
         raise ValueError(f"graph must be one of {GRAPHS} or a list of pairs (i, j); got {graph!r}")

@@ -102,6 +102,12 @@ class Loss:
         taken = {name: value for name, value in options.items() if self.takes(name)}
         return replace(self, options={**self.options, **taken})
 
+    def sized(self, features: Sequence[Tensor]) -> "Loss":
+        """Return the loss with the sizes that momentum needs."""
+        if "momentum" not in self.options:
+            return self
+        return self.given(num_features=features[0].shape[-1], num_modalities=len(features))
+
     @property
     def is_function(self) -> bool:
         """Whether the function has all these options: it remembers nothing between calls."""

@@ -23,7 +23,8 @@ from tests.losses import VARIANTS
 
 def statistic(mixture):
     """Return one number that all parameters of a mixture have part in."""
-    square = mixture.means.square() + mixture.component_covariances().flatten(2).mean(
+    dims = mixture.means.ndim - 1
+    square = mixture.means.square() + mixture.component_covariances().flatten(dims).mean(
         -1, keepdim=True
     )
     return (mixture.weights.unsqueeze(-1) * square).sum()
@@ -50,11 +51,10 @@ class Running(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.prototypes = GaussianPrototypes(3, momentum=0.5, **options)
+        self.prototypes = GaussianPrototypes(3, num_features=4, momentum=0.5, **options)
 
     def forward(self, features, weights):
-        (weight, *_) = unsqueezed(weights, features)
-        return statistic(self.prototypes(features[0].unsqueeze(0), weight))
+        return statistic(self.prototypes(features[0], None if weights is None else weights[0]))
 
 
 class Batched(nn.Module):
@@ -80,7 +80,7 @@ def make_losses(group=None):
     em = {"em_iterations": 3, "process_group": group}
     return {
         **{
-            name: loss.given(num_prototypes=3, **em).make()
+            name: loss.given(num_prototypes=3, **em).sized(torch.empty(3, 1, 4)).make()
             for name, loss in VARIANTS.items()
             if loss.takes("process_group")
         },

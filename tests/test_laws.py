@@ -201,8 +201,8 @@ def drawn_alike(module, inputs):
 )
 def test_modules_copy_pickle_and_print(name, copied):
     loss = VARIANTS[name]
-    module = loss.module(**loss.options)
-    inputs = loss.inputs(make(loss, [5, 5], 5))
+    features = make(loss, [5, 5], 5)
+    module, inputs = loss.module(**loss.sized(features).options), loss.inputs(features)
     if not loss.is_function:
         module(*inputs)  # what it remembers is copied too
     other = copied(module)

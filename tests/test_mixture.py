@@ -363,7 +363,7 @@ class TestPrototypes:
     @pytest.mark.parametrize("covariance_type", TYPES)
     def test_merging_keeps_the_moments_of_the_pair(self, covariance_type):
         module = GaussianPrototypes(
-            2, covariance_type=covariance_type, momentum=0.3, em_iterations=3
+            2, num_features=3, covariance_type=covariance_type, momentum=0.3, em_iterations=3
         )
         module(torch.randn(40, 3))
         old, x = module.running, torch.randn(30, 3) + 0.5
@@ -390,7 +390,7 @@ class TestPrototypes:
             torch.testing.assert_close(overall(merged)[1].trace(), second.trace())
 
     def test_eval_mode_returns_the_running_mixture(self):
-        module = GaussianPrototypes(3, momentum=0.5)
+        module = GaussianPrototypes(3, num_features=2, momentum=0.5)
         module(torch.randn(20, 2))
         before = copy.deepcopy(module.state_dict())
         module.eval()
@@ -399,7 +399,7 @@ class TestPrototypes:
         torch.testing.assert_close(module.state_dict(), before)
 
     def test_gradient_reaches_the_batch_and_not_the_past(self):
-        module = GaussianPrototypes(3, momentum=0.5)
+        module = GaussianPrototypes(3, num_features=2, momentum=0.5)
         past = torch.randn(20, 2, requires_grad=True)
         module(past)
         x = torch.randn(20, 2, requires_grad=True)
@@ -408,17 +408,17 @@ class TestPrototypes:
         assert x.grad.abs().sum() > 0
 
     def test_state_dict_round_trip(self):
-        module = GaussianPrototypes(3, momentum=0.5)
+        module = GaussianPrototypes(3, num_features=2, momentum=0.5)
         module(torch.randn(20, 2))
-        other = GaussianPrototypes(3, momentum=0.5)
+        other = GaussianPrototypes(3, num_features=2, momentum=0.5)
         other.load_state_dict(module.state_dict())
         torch.testing.assert_close(other.eval()(torch.zeros(1, 2)).means, module.running_means)
 
     def test_an_empty_batch_leaves_the_running_mixture(self):
-        module = GaussianPrototypes(2, momentum=0.5)
+        module = GaussianPrototypes(2, num_features=2, momentum=0.5)
         absent = torch.zeros(8)
         module(torch.randn(8, 2), absent)
-        assert module.running is None
+        assert module.num_batches_tracked == 0
         module(torch.randn(8, 2))
         before = copy.deepcopy(module.state_dict())
         module(torch.randn(8, 2), absent)

@@ -22,6 +22,13 @@ def seeded(**options):
     return {"generator": torch.Generator().manual_seed(0), "tolerance": 1e-12, **options}
 
 
+def remembering(count, momentum, dim=3, **options):
+    """Return a loss of two modalities with running mixtures."""
+    return PrototypeAlignmentLoss(
+        count, momentum=momentum, num_features=dim, num_modalities=2, **options
+    )
+
+
 @pytest.mark.parametrize("objective", ["transport", "regularized"])
 @pytest.mark.parametrize("matching", ["index", "plan"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -131,6 +138,8 @@ def test_loss_and_gradient_match_an_oracle_from_known_starts(covariance_type, ma
         2,
         epsilon=2.0,
         momentum=1.0,  # forgets the past but starts there
+        num_features=2,
+        num_modalities=3,
         em_iterations=2,
         regularization=1e-2,
         **seeded(**options),
@@ -177,6 +186,8 @@ def test_gradients(covariance_type, matching, objective, differentiate):
         module = PrototypeAlignmentLoss(
             2,
             momentum=1.0,
+            num_features=2,
+            num_modalities=2,
             covariance_type=covariance_type,
             matching=matching,
             objective=objective,
@@ -270,9 +281,9 @@ def test_the_order_of_the_batch_does_not_matter(matching, momentum):
     x, rows = features((20, 20, 20)), torch.randperm(20)
     losses = []
     for batch in (x, [f[rows] for f in x]):
-        module = PrototypeAlignmentLoss(
-            4, em_iterations=2, matching=matching, momentum=momentum, **seeded(epsilon=1.0)
-        )
+        sizes = {"num_features": 3, "num_modalities": 3}
+        options = {"em_iterations": 2, "matching": matching, "momentum": momentum, **sizes}
+        module = PrototypeAlignmentLoss(4, **seeded(epsilon=1.0, **options))
         losses.append(module(batch))
         if momentum is not None:
             losses[-1] = losses[-1] + module([f.flip(0) for f in batch])  # a warm start
@@ -286,8 +297,8 @@ def test_degenerate_samples(case, covariance_type):
     x = DEGENERATE[case].double()
     scale = x.abs().max()
     far = x / scale + torch.tensor([100.0, 0.0])
-    module = PrototypeAlignmentLoss(
-        4, momentum=0.5, covariance_type=covariance_type, epsilon=0.5, tolerance=1e-6
+    module = remembering(
+        4, 0.5, dim=2, covariance_type=covariance_type, epsilon=0.5, tolerance=1e-6
     )
     for pair in ([x / scale, far], [far, x / scale]):
         pair = [f.clone().requires_grad_() for f in pair]
@@ -301,7 +312,7 @@ def test_degenerate_samples(case, covariance_type):
 @pytest.mark.parametrize("covariance_type", ["diag", "full", "tied", "spherical"])
 def test_a_modality_may_appear_after_others_are_remembered(covariance_type):
     x = features((12, 12))
-    module = PrototypeAlignmentLoss(2, momentum=0.5, covariance_type=covariance_type)
+    module = remembering(2, 0.5, covariance_type=covariance_type)
     module(x, [None, torch.zeros(12)])
     parts = module.solve(x)
     assert parts.loss.isfinite()
@@ -384,19 +395,19 @@ def test_nothing_present():
 
 class TestMomentum:
     def test_state_follows_the_batches_and_round_trips(self):
-        module = PrototypeAlignmentLoss(3, momentum=0.2)
+        module = remembering(3, 0.2)
         x = features((20, 20))
         module(x)
         first = copy.deepcopy(module.state_dict())
-        assert len(first) == 6
+        assert len(first) == 8
         module(x)
         assert any((a != b).any() for a, b in zip(first.values(), module.state_dict().values()))
-        other = PrototypeAlignmentLoss(3, momentum=0.2)
+        other = remembering(3, 0.2)
         other.load_state_dict(module.state_dict())
         torch.testing.assert_close(other.eval()(x), module.eval()(x))
 
     def test_eval_mode_keeps_the_state(self):
-        module = PrototypeAlignmentLoss(3, momentum=0.2)
+        module = remembering(3, 0.2)
         module(features((20, 20)))
         before = copy.deepcopy(module.state_dict())
         module.eval()
@@ -405,15 +416,15 @@ class TestMomentum:
         assert loss.isfinite()
 
     def test_a_first_call_in_eval_mode_does_not_keep_it_from_learning(self):
-        module = PrototypeAlignmentLoss(3, momentum=0.2).eval()
+        module = remembering(3, 0.2).eval()
         module(features((20, 20)))
-        assert not module.state_dict()
+        assert all(model.num_batches_tracked == 0 for model in module.prototypes)
         module.training = True  # as Lightning restores it, which knows only the modules it saw
         module(features((20, 20)))
-        assert len(module.state_dict()) == 6
+        assert all(model.num_batches_tracked == 1 for model in module.prototypes)
 
     def test_gradient_reaches_small_batches(self):
-        module = PrototypeAlignmentLoss(5, momentum=0.1, em_iterations=1)
+        module = remembering(5, 0.1, em_iterations=1)
         for _ in range(3):
             x = [f.requires_grad_() for f in features((4, 4))]
             module(x).backward()
@@ -431,14 +442,18 @@ def test_lower_precision_is_computed_in_float32(dtype):
 
 def test_batch_is_the_mean_of_its_problems():
     x = [torch.randn(3, 16, 2) for _ in range(2)]
-    module = PrototypeAlignmentLoss(2, momentum=1.0, tolerance=1e-10)
+    module = PrototypeAlignmentLoss(2, tolerance=1e-10)
     parts = module.solve(x)
-    module.eval()
     singles = []
     for b in range(3):
-        single = PrototypeAlignmentLoss(2, momentum=1.0, tolerance=1e-10)
-        single.load_state_dict({k: v[b] for k, v in module.state_dict().items()})
-        singles.append(single.eval()([f[b] for f in x]))
+        # Alone, and with the mixture that the problem has in the batch.
+        single = remembering(2, 1.0, dim=2, tolerance=1e-10).eval()
+        for model, mixture in zip(single.prototypes, parts.mixtures):
+            model.running_weights.copy_(mixture.weights[b])
+            model.running_means.copy_(mixture.means[b])
+            model.running_covariances.copy_(mixture.covariances[b])
+            model.num_batches_tracked.fill_(1)
+        singles.append(single([f[b] for f in x]))
     torch.testing.assert_close(parts.loss, torch.stack(singles).mean())
 
 
@@ -463,7 +478,7 @@ def test_errors():
         PrototypeAlignmentLoss(2, transport_weight=-1)
     with pytest.raises(ValueError, match="momentum must be None or in"):
         PrototypeAlignmentLoss(2, momentum=1.5)
-    module = PrototypeAlignmentLoss(2, momentum=0.1)
+    module = remembering(2, 0.1)
     module(x)
-    with pytest.raises(ValueError, match="must have the 2 modalities whose .* remembered; got 3"):
+    with pytest.raises(ValueError, match="features must have num_modalities = 2; got 3"):
         module([*x, x[0]])

@@ -19,6 +19,7 @@ TRAINED = {
     name: loss.given(epsilon=0.5) if loss.options.get("method") == "sinkhorn" else loss
     for name, loss in VARIANTS.items()
 }
+WIDTH = 4
 
 
 class Model(nn.Module):
@@ -26,14 +27,19 @@ class Model(nn.Module):
 
     def __init__(self, loss):
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(d, 4, dtype=torch.float32) for d in (5, 6, 7))
-        self.loss = loss
+        self.maps = nn.ModuleList(nn.Linear(d, WIDTH, dtype=torch.float32) for d in (5, 6, 7))
+        self.loss = loss.float()
 
     def forward(self, inputs):
         features = [f(x) for f, x in zip(self.maps, inputs)]
         # What keeps them from becoming one point.
         anchor = sum((f.square().mean() - 1).square() for f in features)
         return self.loss(features) + anchor
+
+
+def make(name):
+    """Return the Module of an entry for the features of `Model`."""
+    return TRAINED[name].sized(torch.empty(3, 1, WIDTH)).make()
 
 
 def make_batches(count):
@@ -73,7 +79,7 @@ def test_a_batch_that_is_not_finite_is_skipped(name, junk, clip):
     """One bad entry in one modality: a non-finite gradient, which GradScaler steps over."""
     batches = make_batches(6)
     batches[2][1][3, 2] = junk
-    model, history = train(TRAINED[name].make(), batches, _scaler(), clip)
+    model, history = train(make(name), batches, _scaler(), clip)
     values, scales, changed = zip(*history)
     assert changed == (True, True, False, True, True, True)
     assert not torch.tensor(values[2]).isfinite()
@@ -84,15 +90,15 @@ def test_a_batch_that_is_not_finite_is_skipped(name, junk, clip):
     if "random" in name or TRAINED[name].seeds:
         return  # the skipped batch has drawn numbers too
     # Training goes on as if the batch had not been there, in the same scale.
-    alone, _ = train(TRAINED[name].make(), batches[:2] + batches[3:], _scaler(), clip)
+    alone, _ = train(make(name), batches[:2] + batches[3:], _scaler(), clip)
     for one, two in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_clipping_can_refuse_a_batch_that_is_not_finite():
     """Without a scaler: what `error_if_nonfinite` raises comes before the step."""
-    for name, loss in TRAINED.items():
-        model = Model(loss.make())
+    for name in TRAINED:
+        model = Model(make(name))
         (batch,) = make_batches(1)
         batch[0][0, 0] = torch.nan
         model(batch).backward()
@@ -126,7 +132,7 @@ def digest(threads):
             torch.manual_seed(0)
             size = SIZES[loss_of(name)]
             leaves = [(torch.randn(size, 24, dtype=dtype) + m).requires_grad_() for m in range(3)]
-            value = loss.make()(leaves)
+            value = loss.sized(leaves).make().to(dtype)(leaves)
             grads = torch.autograd.grad(value, leaves)
             parts = [value.detach().flatten(), *(g.flatten() for g in grads)]
             found[f"{name}, {dtype}"] = torch.cat(parts).double()
@@ -174,7 +180,9 @@ def test_the_same_generator_gives_the_same_bits_whatever_was_drawn_before(name):
     features = [torch.randn(20, 3) + m for m in range(3)]
 
     def value():
-        return TRAINED[name].make(generator=torch.Generator().manual_seed(7))(features)
+        return (
+            TRAINED[name].sized(features).make(generator=torch.Generator().manual_seed(7))(features)
+        )
 
     first = value()
     torch.rand(5)

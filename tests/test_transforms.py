@@ -58,11 +58,9 @@ COMPILED_LONG = each(
 )
 def test_compiles_without_a_break(name):
     torch.compiler.reset()  # numbers that differ from an earlier entry's would become symbols
-    module = MODULES[name].make()
     features = [f.requires_grad_() for f in clusters([6, 6])]
+    module = MODULES[name].sized(features).make()
     weights = [None, torch.tensor([1.0, 0.5, 1.0, 1.0, 0.0, 1.0])]
-    if name == "prototypes momentum":
-        module(features, weights)  # the running mixtures get their shapes from the first batch
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     values = []
     for loss in (module, compiled):
@@ -119,7 +117,7 @@ def test_deterministic_algorithms(name):
         results = []
         for _ in range(2):
             torch.manual_seed(0)
-            value = MODULES[name].make()(features)
+            value = MODULES[name].sized(features).make()(features)
             results.append((value, *torch.autograd.grad(value, features)))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -130,10 +128,10 @@ def test_deterministic_algorithms(name):
 def test_inference_mode(name):
     features = clusters([6, 6])
     torch.manual_seed(0)
-    expected = MODULES[name].make()(features)
+    expected = MODULES[name].sized(features).make()(features)
     with torch.inference_mode():
         torch.manual_seed(0)
-        assert torch.equal(MODULES[name].make()(features), expected)
+        assert torch.equal(MODULES[name].sized(features).make()(features), expected)
         assert torch.is_inference_mode_enabled()
 
 

@@ -1,6 +1,7 @@
 """What every loss does with arguments that are wrong, and with dtypes."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -138,10 +139,11 @@ def mixture(x, other=lambda t: t):
 
 def remembered(module, x, to):
     module(x)
-    module._apply(to)
+    module._apply(lambda t: to(t) if t.is_floating_point() else t)
     module(x)
 
 
+ALIGNMENT = partial(PrototypeAlignmentLoss, 2, momentum=0.5, num_features=3, num_modalities=2)
 C, NU = torch.ones(4, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
 MIXED = {
     "costs x": ("x and y", lambda to: squared_euclidean_cost(X, to(X))),
@@ -170,11 +172,11 @@ MIXED = {
     ),
     "prototypes remembered": (
         "x must .* the prototypes remembered",
-        lambda to: remembered(GaussianPrototypes(2, momentum=0.5), X, to),
+        lambda to: remembered(GaussianPrototypes(2, num_features=3, momentum=0.5), X, to),
     ),
     "alignment remembered": (
         r"features\[0\] must .* the prototypes remembered",
-        lambda to: remembered(PrototypeAlignmentLoss(2, momentum=0.5), [X, X], to),
+        lambda to: remembered(ALIGNMENT(), [X, X], to),
     ),
 }
 

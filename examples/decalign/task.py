@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning
@@ -105,6 +106,7 @@ class MultimodalTask(lightning.LightningModule):
         else:
             baseline = {"mult": MulT, "misa": MISA}[architecture]
             self.network = baseline(modalities, target.num_outputs, network)
+        self._sizes = {"num_features": network.width, "num_modalities": len(modalities)}
         self.objective = self._make_objective(None)
         metrics = make_metrics(target)
         self.val_metrics = metrics.clone(prefix="val/")
@@ -218,7 +220,11 @@ class MultimodalTask(lightning.LightningModule):
             return _TaskObjective(self.target, score)
         if self.architecture == "misa":
             return MISAObjective(self.target, score, process_group)
-        return Objective(self.target, self.losses, self.switches, process_group)
+        losses = self.losses
+        if losses.prototypes.get("momentum") is not None:
+            # Running mixtures have their shapes from the beginning.
+            losses = replace(losses, prototypes={**self._sizes, **losses.prototypes})
+        return Objective(self.target, losses, self.switches, process_group)
 
     def _evaluate(
         self, batch: Batch, stage: str, metrics: MetricCollection, mean_loss: MeanMetric

@@ -4,7 +4,12 @@ from multialign.mixture.distribution import GaussianMixture
 from multialign.mixture.fit import Modalities, fit_gaussian_mixture
 from multialign.mixture.options import Differentiate, FitOptions
 from multialign.mixture.parameters import CovarianceType
-from multialign.mixture.running import GaussianPrototypes, check_momentum, running_mixtures
+from multialign.mixture.running import (
+    GaussianPrototypes,
+    MomentumModule,
+    check_momentum,
+    running_mixtures,
+)
 
 __all__ = [
     "CovarianceType",
@@ -13,6 +18,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianPrototypes",
     "Modalities",
+    "MomentumModule",
     "check_momentum",
     "fit_gaussian_mixture",
     "running_mixtures",

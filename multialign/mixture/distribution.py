@@ -112,7 +112,7 @@ class GaussianMixture:
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw `n` points, :math:`(*\text{batch}, n, D)`, without gradient."""
-        check_count("n", n)
+        n = check_count("n", n)
         *batch, count, dim = self.means.shape
         cumulative = self.weights.cumsum(-1)
         draws = torch.rand(*batch, n, generator=generator, device=cumulative.device)

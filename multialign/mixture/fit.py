@@ -28,6 +28,7 @@ from multialign.mixture.parameters import (
     PosteriorMoments,
     from_standard,
     moments_from_standard,
+    select,
     stack_modalities,
     standardise,
     to_standard,
@@ -36,7 +37,7 @@ from multialign.mixture.parameters import (
 )
 from multialign.mixture.seeds import draw_means, start_parameters
 
-__all__ = ["Modalities", "fit_gaussian_mixture", "fit_one"]
+__all__ = ["Modalities", "fit_gaussian_mixture", "one_modality"]
 
 _Fields = TypeVar("_Fields", bound=tuple[Tensor, ...])
 
@@ -73,43 +74,68 @@ class Modalities:
             ranks,
         )
 
-    def fit(self, starts: Sequence[GaussianMixture | None] | None = None) -> list[GaussianMixture]:
-        """Return the mixture of each modality after EM, from `starts` where there are any."""
-        with torch.set_grad_enabled(self._options.grad):
-            pairs = zip(self._data, self._begin(starts), strict=True)
+    def fit(
+        self,
+        starts: Sequence[GaussianMixture] | None = None,
+        started: Sequence[Tensor] | None = None,
+    ) -> list[GaussianMixture]:
+        """Return the mixture of each modality after EM.
+
+        Args:
+            starts: None for seeds, or the mixture that EM starts from in each modality.
+            started: None, or whether to start from it, `(*batch)` for each modality.
+        """
+        with (
+            torch.set_grad_enabled(self._options.grad),
+            full_precision(self.samples.features[0]),
+        ):
+            pairs = zip(self._data, self._begin(starts, started), strict=True)
             return self._mixtures([fit_standard(*pair, self._options) for pair in pairs])
 
     def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
         """Return the mixtures after all iterations, and the posterior moments under them."""
         with torch.set_grad_enabled(self._options.grad):
-            pairs = zip(self._data, self._begin(None), strict=True)
+            pairs = zip(self._data, self._begin(), strict=True)
         fits = [fit_with_posterior(*pair, self._options) for pair in pairs]
         return self._mixtures(fit[0] for fit in fits), self._moments(fit[1] for fit in fits)
+
+    def seeds(self) -> list[GaussianMixture]:
+        """Return a mixture of drawn means for each modality, without gradient."""
+        with torch.no_grad():
+            kind = self._options.covariance_type
+            return self._mixtures(with_matrices(seed, kind) for seed in self._seeds())
 
     def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
         """Return the posterior moments of the samples under given mixtures."""
         pairs = zip(self._data, self._to_standard(mixtures), strict=True)
         return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
 
-    def _begin(self, starts: Sequence[GaussianMixture | None] | None) -> list[Parameters]:
-        """Return the standardised mixtures that EM starts from, seeds where none is given."""
-        given = starts or [None] * len(self._counts)
-        known = [start for start in given if start is not None]
-        if len(known) == len(given):
-            return self._to_standard(known)
+    def _begin(
+        self,
+        starts: Sequence[GaussianMixture] | None = None,
+        started: Sequence[Tensor] | None = None,
+    ) -> list[Parameters]:
+        """Return the standardised mixtures that EM starts from; for the arguments see `fit`."""
+        if starts is None:
+            return self._seeds()
+        given = self._to_standard(starts)
+        if started is None:
+            return given
+        kind = self._options.covariance_type
+        seeds = [with_matrices(seed, kind) for seed in self._seeds()]
+        triples = zip(self._stack_tensors(started), given, seeds, strict=True)
+        return [select(flag, start, seed) for flag, start, seed in triples]
+
+    def _seeds(self) -> list[Parameters]:
+        """Return the standardised mixtures of drawn means."""
         options = self._options
         means = draw_means(
             self._data, self._stacks, self._sizes, self._counts, self.samples.weighted, options
         )
-        seeds = [
+        return [
             start_parameters(mean, data, options.covariance_type)
             for mean, data in zip(means, self._data, strict=True)
         ]
-        if not known:
-            return seeds
-        drawn = self._mixtures(with_matrices(seed, options.covariance_type) for seed in seeds)
-        pairs = zip(drawn, given, strict=True)
-        return self._to_standard([seed if start is None else start for seed, start in pairs])
 
     def _to_standard(self, mixtures: Sequence[GaussianMixture]) -> list[Parameters]:
         """Return the parameters of mixtures of the samples, standardised."""
@@ -215,7 +241,7 @@ def fit_gaussian_mixture(
         >>> mixture.means.flatten().sort().values
         tensor([ 0.5000, 10.5000])
     """
-    check_count("num_components", num_components)
+    num_components = check_count("num_components", num_components)
     check_count("iterations", iterations)
     check_positive("tolerance", tolerance, zero=True)
     options = FitOptions(
@@ -228,28 +254,21 @@ def fit_gaussian_mixture(
         generator=generator,
         process_group=process_group,
     )
-    start = init if isinstance(init, GaussianMixture) else None
-    return fit_one(x, weights, num_components, options, start)[0]
+    modality = one_modality(x, weights, num_components, options)
+    if not isinstance(init, GaussianMixture):
+        return modality.fit()[0]
+    _check_start(init, modality.samples.features[0], num_components, covariance_type)
+    return modality.fit([init])[0]
 
 
-def fit_one(
-    x: Tensor,
-    weights: Tensor | None,
-    count: int,
-    options: FitOptions,
-    start: GaussianMixture | None,
-) -> tuple[GaussianMixture, Samples]:
-    """Return the mixture of one modality, from `start` if there is one, and its samples."""
+def one_modality(x: object, weights: Tensor | None, count: int, options: FitOptions) -> Modalities:
+    """Return samples `(*batch, N, D)` of one modality, checked."""
     x = lift(check_tensor("x", x, "(*batch, N, D)", 2))
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one feature; got {tuple(x.shape)}")
-    if start is not None:
-        _check_start(start, x, count, options.covariance_type)
     checked = check_weights([weights], [x], x.shape[:-2])
     with full_precision(x):
-        samples = make_samples([x], checked, options.ranks)
-        (mixture,) = Modalities(samples, [count], options).fit([start])
-    return mixture, samples
+        return Modalities(make_samples([x], checked, options.ranks), [count], options)
 
 
 def _check_start(

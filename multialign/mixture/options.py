@@ -35,9 +35,11 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_choice("covariance_type", self.covariance_type, COVARIANCE_TYPES)
-        check_count("em_iterations", self.em_iterations)
-        check_positive("em_tolerance", self.em_tolerance, zero=True)
-        check_positive("regularization", self.regularization)
+        vars(self).update(  # numbers of NumPy become Python's
+            em_iterations=check_count("em_iterations", self.em_iterations),
+            em_tolerance=check_positive("em_tolerance", self.em_tolerance, zero=True),
+            regularization=check_positive("regularization", self.regularization),
+        )
         check_choice("differentiate", self.differentiate, ("unroll", "last", "none"))
         check_choice("init", self.init, ("kmeans++", "random"))
 

@@ -25,9 +25,10 @@ class SolverOptions:
     backend: Backend
 
     def __post_init__(self) -> None:
+        # Numbers of NumPy become Python's.
         if self.tolerance is not None:
-            check_positive("tolerance", self.tolerance)
-        check_count("max_iterations", self.max_iterations)
+            vars(self).update(tolerance=check_positive("tolerance", self.tolerance))
+        vars(self).update(max_iterations=check_count("max_iterations", self.max_iterations))
         check_choice("method", self.method, ("sinkhorn", "newton", "auto"))
         check_choice("backend", self.backend, ("auto", "torch", "triton"))
 

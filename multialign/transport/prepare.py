@@ -100,17 +100,16 @@ def _check_relaxation(relaxation: Any, count: int) -> list[float | None]:
         return [None] * count
     name = "marginal_relaxation"
     if not isinstance(relaxation, Sequence) or isinstance(relaxation, str):
-        check_positive(name, relaxation)
-        return [float(relaxation)] * count
+        return [check_positive(name, relaxation)] * count
     if len(relaxation) != count:
         raise ValueError(
             f"{name} must be None, a number > 0, or {count} of these, one for each marginal; "
             f"got {relaxation!r}"
         )
-    for i, one in enumerate(relaxation):
-        if one is not None:
-            check_positive(f"{name}[{i}]", one)
-    return [None if one is None else float(one) for one in relaxation]
+    return [
+        None if one is None else check_positive(f"{name}[{i}]", one)
+        for i, one in enumerate(relaxation)
+    ]
 
 
 def _with_masses(normalised: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -180,8 +179,8 @@ def _is_edge(key: Any, count: int) -> bool:
 
 def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(epsilon, Tensor):
-        check_positive("epsilon", epsilon)
-        return torch.tensor(float(epsilon), dtype=torch.float64, device=device)
+        number = check_positive("epsilon", epsilon)
+        return torch.tensor(number, dtype=torch.float64, device=device)
     check_tensor("epsilon", epsilon, "(*batch)", 0)
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on the marginals' device {device}; got {epsilon.device}")
