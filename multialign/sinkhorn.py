@@ -302,7 +302,8 @@ def _joint_problem(
 def _cost_table(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
     """Return the costs between two clouds, `(*batch, N_i, N_j)`, in float64."""
     if isinstance(cost, str):
-        return squared_euclidean_cost(x, y)
+        # A point that is infinite becomes NaN: an infinite cost would forbid its pairs.
+        return squared_euclidean_cost(x + 0 * x, y + 0 * y)
     table = cost(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(table, Tensor) or table.shape != expected:

@@ -405,6 +405,7 @@ def test_values_beyond_half_precision_are_its_largest():
 OPTIONS = {
     "backend": ("torch", "other"),
     "bandwidth": (0.7, -1.0),
+    "cost": (lambda x, y: torch.cdist(x, y), "other"),
     "cost_reduction": ("mean", "other"),
     "covariance_type": ("full", "other"),
     "debias": (False, None),  # any value is true or false
@@ -418,6 +419,7 @@ OPTIONS = {
     "generator": (torch.Generator().manual_seed(9), None),
     "graph": ("chain", "other"),
     "init": ("random", "other"),
+    "marginal_relaxation": (1.0, -1.0),
     "matching": ("plan", "other"),
     "max_iterations": (2, 0),
     "method": ("sinkhorn", "other"),
@@ -469,6 +471,8 @@ def test_an_option_set_counts_from_the_next_call_on(name, key):
     # Only one estimator draws numbers.
     drawing = name == "mmd" and key in ("generator", "num_features")
     options = {"estimator": "random_features"} if drawing else {}
+    if key == "marginal_relaxation":
+        options = {"debias": False}
     module = module_with(name, **options)
     before = value_and_gradients(module)
     setattr(module, key, value)
@@ -529,18 +533,22 @@ NUMBERS = {key: value for key, (value, _) in OPTIONS.items() if type(value) in (
 @pytest.mark.filterwarnings("ignore::multialign.ConvergenceWarning")
 def test_numbers_of_numpy_are_numbers(name, key):
     kinds = WHOLE if isinstance(NUMBERS[key], int) else REAL
+    others = {"debias": False} if key == "marginal_relaxation" else {}
     for kind in kinds:
         given = kind(NUMBERS[key] if kinds is WHOLE else 0.5)
         plain = int(given) if kinds is WHOLE else float(given)
-        results = [value_and_gradients(module_with(name, **{key: x})) for x in (given, plain)]
+        results = [
+            value_and_gradients(module_with(name, **others, **{key: x})) for x in (given, plain)
+        ]
         torch.testing.assert_close(*results, rtol=0, atol=0)
     for wrong in (True, np.True_, "1", None, [1], np.ones(2), 1j, torch.ones(2)):
-        if wrong is None and key in ("epsilon", "tolerance", "num_features", "num_modalities"):
+        optional = ("epsilon", "tolerance", "num_features", "num_modalities", "marginal_relaxation")
+        if wrong is None and key in optional:
             continue  # it has a meaning there
         if key in ("num_prototypes", "bandwidth") and isinstance(wrong, list):
             continue  # several of them
         with pytest.raises((TypeError, ValueError), match=key):
-            value_and_gradients(module_with(name, **{key: wrong}))
+            value_and_gradients(module_with(name, **others, **{key: wrong}))
 
 
 def test_numbers_of_numpy_in_functions():
