@@ -43,7 +43,8 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> None:
     expected = f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # Comparisons, not math.isfinite: torch.compile may make the value a symbol.
+    if not 0 <= value < math.inf or (value == 0 and not zero):
         raise ValueError(f"{name} must be {expected}; got {value!r}")
 
 

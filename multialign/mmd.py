@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multialign._distributed import ProcessGroup, Ranks
+from multialign._draws import normal
 from multialign._samples import Samples, make_samples
 from multialign._validation import (
     check_choice,
@@ -41,7 +42,7 @@ def mmd_loss(
     features: Tensor | Sequence[Tensor],
     weights: Tensor | Sequence[Tensor | None] | None = None,
     *,
-    bandwidth: Bandwidth = 1.0,
+    bandwidth: Bandwidth = "median",
     estimator: Estimator = "biased",
     num_features: int = 1024,
     generator: torch.Generator | None = None,
@@ -76,7 +77,8 @@ def mmd_loss(
         bandwidth: :math:`\sigma` in units of the features; or several, whose kernels are averaged;
             or "median", the median distance between two samples present in the union of all
             modalities (no gradient; 1 if that is 0). Of more than 2,048 samples together every
-            second is taken for it, of more than 4,096 every third, and so on.
+            second is taken for it, of more than 4,096 every third, and so on. A number far below
+            the distances has no gradient: in 32 and more dimensions, 1.0 is one for normal samples.
         estimator: "biased", "unbiased" or "random_features".
         num_features: Number of random frequencies; each gives a sine and a cosine.
         generator: Draws the frequencies; None stands for torch's global generator.
@@ -89,6 +91,10 @@ def mmd_loss(
         ValueError: A shape, device, count or option is wrong, or "unbiased" meets N < 2.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
         MemoryError: The distances of "median", over the batch, are more than 2^28 entries.
+
+    Warns:
+        UserWarning: The bandwidth is a number under which every kernel entry between distinct
+            samples is below 1e-6. This is looked at on the CPU, outside torch.compile.
 
     References:
         Eq. 11-12 of :cite:t:`decalign:26`; :cite:t:`gretton:12`, Lemma 6 for the estimators;
@@ -115,12 +121,13 @@ def mmd_loss(
 
     with full_precision(tensors[0]):
         samples = make_samples(tensors, checked)
-        samples, sigmas = _in_units(samples, _bandwidths(bandwidth, samples))
+        sigmas = _bandwidths(bandwidth, samples)
+        if bandwidth != "median":
+            _warn_of_no_kernel(samples, sigmas)
+        samples, sigmas = _in_units(samples, sigmas)
         if estimator == "random_features":
             first = samples.features[0]
-            frequencies = torch.randn(
-                first.shape[-1], num_features, generator=generator, device=first.device
-            ).to(first.dtype)
+            frequencies = normal([first.shape[-1], num_features], first, generator)
             (frequencies,) = ranks.broadcast([frequencies])
             loss = _random_feature_discrepancies(samples, sigmas, frequencies)
         else:
@@ -160,7 +167,7 @@ class MMDLoss(nn.Module):
 
     def __init__(
         self,
-        bandwidth: Bandwidth = 1.0,
+        bandwidth: Bandwidth = "median",
         estimator: Estimator = "biased",
         *,
         num_features: int = 1024,

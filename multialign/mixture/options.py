@@ -37,7 +37,7 @@ class FitOptions:
         check_choice("covariance_type", self.covariance_type, COVARIANCE_TYPES)
         check_count("em_iterations", self.em_iterations)
         check_positive("em_tolerance", self.em_tolerance, zero=True)
-        check_positive("regularization", self.regularization)
+        check_positive("regularization", self.regularization, zero=True)
         check_choice("differentiate", self.differentiate, ("unroll", "last", "none"))
         check_choice("init", self.init, ("kmeans++", "random"))
 

@@ -65,8 +65,8 @@ def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     The plan sums to 1. It has first and second derivatives.
     """
     costs, scopes, marginals, *rest = problem.flatten()
-    value: Tensor = _DualValue.apply(
-        form, scopes, len(costs), potentials, *rest, *costs, *marginals
+    value: Tensor = _apply(
+        _DualValue, form, scopes, len(costs), potentials, *rest, *costs, *marginals
     )
     return value
 
@@ -100,10 +100,23 @@ def read_marginals(
 def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) -> Tensor:
     """Solve H x = right, `(B, S)`, with H at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
-    solution: Tensor = _Solve.apply(
-        form, scopes, len(costs), right, potentials, *rest, *costs, *marginals
+    solution: Tensor = _apply(
+        _Solve, form, scopes, len(costs), right, potentials, *rest, *costs, *marginals
     )
     return solution
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``.
+
+    Where no argument requires a gradient, torch.compile calls `forward` itself, and gives it a
+    context as first argument if the arguments are more than the parameters. So it is called here.
+    """
+    if torch.compiler.is_compiling():
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def _is_whole(problem: Problem, form: FormName) -> bool:

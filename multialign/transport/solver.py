@@ -135,7 +135,7 @@ def solve_problem(
             *_solve(
                 *problem.detach().flatten(),
                 "sinkhorn" if options.method == "sinkhorn" else "newton",
-                problem.dtype == torch.float32 and _multiplies_exactly(backend),
+                problem.dtype == torch.float32,
                 tolerance,
                 options.max_iterations,
                 backend,
@@ -192,6 +192,7 @@ def _solve(
     look inside, and torch.func.vmap makes one larger batch.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation)
+    single = single and _multiplies_exactly(backend)
     if not len(epsilon):
         return torch.cat(marginals, -1), epsilon.long(), epsilon.clone()
     # In inference mode operations on small tensors take a tenth less time.
