@@ -89,8 +89,8 @@ def read_marginals(
         plan = _joined(unaries, pairs, problem).exp()
         gone = [axes_without(scope, len(everything)) for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
-    log_sum, *tables = _Marginals.apply(
-        _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
+    log_sum, *tables = _apply(
+        _Marginals, _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
     )
     # The tables are divided by the plan's sum; the gradient of the sum is part of theirs.
     total = log_sum.exp()
