@@ -3,6 +3,7 @@
 from multialign._versions import show_versions
 from multialign.costs import bures_wasserstein_cost, squared_euclidean_cost
 from multialign.decoupling import CosineDecouplingLoss, cosine_decoupling_loss
+from multialign.diagnose import diagnose
 from multialign.mixture import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
 from multialign.mmd import MMDLoss, mmd_loss
 from multialign.moments import GaussianMomentLoss, gaussian_moment_loss
@@ -29,6 +30,7 @@ __all__ = [
     "TransportSolution",
     "bures_wasserstein_cost",
     "cosine_decoupling_loss",
+    "diagnose",
     "fit_gaussian_mixture",
     "gaussian_moment_loss",
     "mmd_loss",

@@ -49,8 +49,9 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> float:
     # The types of Python first: torch.compile does not know that they are registered as Real.
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+    # Comparisons, not math.isfinite: torch.compile may make the value a symbol.
+    number = value if isinstance(value, (int, float)) else float(value)
+    if not 0 <= number < math.inf or (number == 0 and not zero):
         raise ValueError(f"{name} must be {expected}; got {value}")
     return number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multialign._distributed import GroupModule, ProcessGroup, Ranks
+from multialign._draws import normal
 from multialign._samples import Samples, make_samples
 from multialign._validation import (
     check_choice,
@@ -33,6 +35,14 @@ _MEDIAN_SAMPLES = 2048
 # Samples at this part of the largest squared distance count as equal.
 _EQUAL = 1e-14
 
+# A kernel entry below this has no gradient to speak of, which is so from `_REACH` bandwidths on.
+_NO_KERNEL = 1e-6
+_REACH = math.sqrt(-2 * math.log(_NO_KERNEL))
+# So many samples of each modality are looked at first; then so many of all, so many rows at once.
+_FEW_ROWS = 16
+_MANY_ROWS = 1024
+_ROWS_AT_ONCE = 256
+
 Bandwidth = float | Sequence[float] | Literal["median"]
 Estimator = Literal["biased", "unbiased", "random_features"]
 
@@ -41,7 +51,7 @@ def mmd_loss(
     features: Tensor | Sequence[Tensor],
     weights: Tensor | Sequence[Tensor | None] | None = None,
     *,
-    bandwidth: Bandwidth = 1.0,
+    bandwidth: Bandwidth = "median",
     estimator: Estimator = "biased",
     num_features: int = 1024,
     generator: torch.Generator | None = None,
@@ -76,7 +86,8 @@ def mmd_loss(
         bandwidth: :math:`\sigma` in units of the features; or several, whose kernels are averaged;
             or "median", the median distance between two samples present in the union of all
             modalities (no gradient; 1 if that is 0). Of more than 2,048 samples together every
-            second is taken for it, of more than 4,096 every third, and so on.
+            second is taken for it, of more than 4,096 every third, and so on. A number far below
+            the distances has no gradient: in 32 and more dimensions, 1.0 is one for normal samples.
         estimator: "biased", "unbiased" or "random_features".
         num_features: Number of random frequencies; each gives a sine and a cosine.
         generator: Draws the frequencies; None stands for torch's global generator.
@@ -89,6 +100,11 @@ def mmd_loss(
         ValueError: A shape, device, count or option is wrong, or "unbiased" meets N < 2.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
         MemoryError: The distances of "median", over the batch, are more than 2^28 entries.
+
+    Warns:
+        UserWarning: The bandwidth is a number under which every kernel entry between distinct
+            samples is below 1e-6. This is looked at on the CPU, outside torch.compile, and among
+            1,024 samples at most.
 
     References:
         Eq. 11-12 of :cite:t:`decalign:26`; :cite:t:`gretton:12`, Lemma 6 for the estimators;
@@ -115,12 +131,13 @@ def mmd_loss(
 
     with full_precision(tensors[0]):
         samples = make_samples(tensors, checked)
-        samples, sigmas = _in_units(samples, _bandwidths(bandwidth, samples))
+        sigmas = _bandwidths(bandwidth, samples)
+        if bandwidth != "median":
+            _warn_of_small_bandwidth(samples, sigmas)
+        samples, sigmas = _in_units(samples, sigmas)
         if estimator == "random_features":
             first = samples.features[0]
-            frequencies = torch.randn(
-                first.shape[-1], num_features, generator=generator, device=first.device
-            ).to(first.dtype)
+            frequencies = normal([first.shape[-1], num_features], first, generator)
             (frequencies,) = ranks.broadcast([frequencies])
             loss = _random_feature_discrepancies(samples, sigmas, frequencies)
         else:
@@ -160,7 +177,7 @@ class MMDLoss(GroupModule):
 
     def __init__(
         self,
-        bandwidth: Bandwidth = 1.0,
+        bandwidth: Bandwidth = "median",
         estimator: Estimator = "biased",
         *,
         num_features: int = 1024,
@@ -298,6 +315,45 @@ def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:
             return [_median_distance(samples)[..., None, None]]
     values = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
     return [first.new_tensor(float(value)) for value in values]
+
+
+def _warn_of_small_bandwidth(samples: Samples, sigmas: list[Tensor]) -> None:
+    """Warn if all distinct samples are too far apart for the kernels: there is no gradient.
+
+    Values are read on the CPU alone. A few samples show most often that there is no reason.
+    """
+    if torch.compiler.is_compiling() or sigmas[0].device.type != "cpu":
+        return
+    with torch.no_grad():
+        reach = _REACH * torch.stack(sigmas).max()
+        pooled = torch.cat(samples.features, -2)
+        pooled = pooled[..., :: max(1, -(-pooled.shape[-2] // _MANY_ROWS)), :]
+        few = torch.cat([x[..., :_FEW_ROWS, :] for x in samples.features], -2)
+        try:
+            close, apart = _compare_distances(few, few, reach)
+            if close:
+                return
+            for rows in pooled.split(_ROWS_AT_ONCE, -2):
+                close, others = _compare_distances(rows, pooled, reach)
+                if close:
+                    return
+                apart = apart or others
+        except RuntimeError:  # under torch.func.vmap no value can be read
+            return
+    if apart:
+        warnings.warn(
+            "the bandwidth is so small that every kernel entry between distinct samples is below "
+            f"{_NO_KERNEL:g}, and the loss has no gradient; take "
+            'bandwidth="median", or a number of the size of the distances between samples',
+            stacklevel=3,
+        )
+
+
+def _compare_distances(x: Tensor, y: Tensor, reach: Tensor) -> tuple[bool, bool]:
+    """Return whether any distinct samples are within reach, and whether any are not."""
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    close = bool(((distances > 0) & (distances <= reach)).any())
+    return close, close or bool((distances > reach).any())
 
 
 def _median_distance(samples: Samples) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -73,6 +73,18 @@ class PrototypeAlignment:
     prototype_loss: Tensor
     mixtures: list[GaussianMixture]
     solution: TransportSolution
+
+    def detach(self) -> PrototypeAlignment:
+        """Return the same parts without gradient."""
+        return self._map(lambda part: part.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> PrototypeAlignment:
+        """Return the parts on another device or in another dtype, as :meth:`torch.Tensor.to`."""
+        return self._map(lambda part: part.to(*args, **kwargs))
+
+    def _map(self, function: Callable[[Any], Any]) -> PrototypeAlignment:
+        parts = {name: function(part) for name, part in vars(self).items() if name != "mixtures"}
+        return PrototypeAlignment(mixtures=[function(x) for x in self.mixtures], **parts)
 
 
 @dataclass(frozen=True, kw_only=True)

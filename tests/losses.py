@@ -163,7 +163,13 @@ _moments = Loss(
     two_of_three=1 / 3,  # the normaliser keeps M: one pair of three is left
     size=lambda spread, dim: spread + spread**2 + 1e3 * dim,
 )
-_mmd = Loss(module=MMDLoss, function=mmd_loss, two_of_three=1 / 3, unit=1.0)
+_mmd = Loss(
+    module=MMDLoss,
+    function=mmd_loss,
+    options={"bandwidth": 1.0},
+    two_of_three=1 / 3,
+    unit=1.0,
+)
 _sinkhorn = Loss(
     module=MultiMarginalSinkhornLoss,
     function=multi_marginal_sinkhorn_loss,
@@ -227,7 +233,7 @@ VARIANTS = {
     "mmd bandwidths": replace(_mmd, options={"bandwidth": (0.5, 2.0)}, unit=0.5),
     "mmd median": replace(
         _mmd,
-        options={"bandwidth": "median"},
+        options={},
         rotates=False,  # of equal samples, distances of 0 become distances of a rounding
         repeats=False,
         compares=False,
@@ -235,7 +241,7 @@ VARIANTS = {
     ),
     "mmd unbiased": replace(
         _mmd,
-        options={"estimator": "unbiased"},
+        options={"bandwidth": 1.0, "estimator": "unbiased"},
         repeats=False,
         nonnegative=False,
         zero=False,
@@ -243,7 +249,7 @@ VARIANTS = {
     ),
     "mmd random features": replace(
         _mmd,
-        options={"estimator": "random_features", "num_features": 16},
+        options={"bandwidth": 1.0, "estimator": "random_features", "num_features": 16},
         rotates=False,
         compares=False,
         unit=None,

@@ -1,18 +1,20 @@
 import copy
 import functools
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import multivariate_normal
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_wine, make_swiss_roll
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.autograd import gradcheck
 
 from multialign import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
 from multialign._distributed import ALONE
+from multialign._draws import normal, uniform
 from multialign.mixture import em, em_subspace
 from tests import reference
 
@@ -158,6 +160,239 @@ def test_stops_where_sklearn_stops():
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_tells_what_sklearn_tells(covariance_type, dtype):
+    x = random_mixture(3, 2, "diag").sample(200).to(dtype)
+    start = random_mixture(3, 2, covariance_type)
+    floor = 1e-6 * float(x.double().var(0, correction=0).mean())
+    options = {"reg_covar": floor, "max_iter": 8, "tol": 3e-2}
+    theirs = SklearnMixture(**to_sklearn(start), **options).fit(x.double().numpy())
+    assert theirs.converged_
+    for most, converged in ((8, True), (theirs.n_iter_ - 1, False)):
+        ours = fit_gaussian_mixture(
+            x,
+            3,
+            covariance_type=covariance_type,
+            init=start.to(dtype),
+            iterations=most,
+            tolerance=3e-2,
+        )
+        assert ours.iterations == min(most, theirs.n_iter_)
+        assert ours.converged == converged
+        torch.testing.assert_close(ours.log_likelihood, ours.log_prob(x).mean())
+    assert not ours.log_likelihood.requires_grad
+    assert (start.iterations, start.converged, start.log_likelihood) == (None, None, None)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_each_problem_of_a_batch_tells_of_its_fit(covariance_type):
+    x = torch.randn(3, 40, 2) * torch.tensor([1.0, 5.0, 1e-3])[:, None, None]
+    weights = torch.rand(3, 40)
+    start = random_mixture(2, 2, covariance_type, batch=(3,))
+    options = {"covariance_type": covariance_type, "iterations": 60, "tolerance": 1e-2}
+    mixture = fit_gaussian_mixture(x, 2, weights=weights, init=start, **options)
+    assert mixture.converged.all()
+    for b in range(3):
+        one = GaussianMixture(
+            weights=start.weights[b],
+            means=start.means[b],
+            covariances=start.covariances[b],
+            covariance_type=covariance_type,
+        )
+        single = fit_gaussian_mixture(x[b], 2, weights=weights[b], init=one, **options)
+        assert single.iterations == mixture.iterations[b]
+        torch.testing.assert_close(single.log_likelihood, mixture.log_likelihood[b])
+        expected = (single.log_prob(x[b]) * weights[b]).sum() / weights[b].sum()
+        torch.testing.assert_close(single.log_likelihood, expected)
+
+
+def test_with_tolerance_0_all_iterations_run():
+    mixture = fit_gaussian_mixture(torch.randn(4, 9, 2), 2, iterations=7, tolerance=0.0)
+    assert (mixture.iterations == 7).all()
+    assert not mixture.converged.any()
+
+
+def test_detach_and_to():
+    x = torch.randn(20, 2, requires_grad=True)
+    mixture = fit_gaussian_mixture(x, 2, covariance_type="full")
+    detached = mixture.detach()
+    for name in ("weights", "means", "covariances", "log_likelihood", "iterations", "converged"):
+        assert torch.equal(getattr(detached, name), getattr(mixture, name))
+        assert not getattr(detached, name).requires_grad
+    assert mixture.means.requires_grad
+    moved = mixture.to(torch.float32)
+    assert moved.covariance_type == "full"
+    assert {moved.weights.dtype, moved.means.dtype, moved.log_likelihood.dtype} == {torch.float32}
+    assert (moved.iterations.dtype, moved.converged.dtype) == (torch.int64, torch.bool)
+    moved.means.sum().backward()
+    assert x.grad.any()
+    other = mixture.to("meta")
+    assert all(part.is_meta for part in (other.weights, other.means, other.iterations))
+    by_hand = random_mixture(2, 2, "diag").to(torch.float32).detach()
+    assert by_hand.iterations is None
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_no_regularization_as_in_sklearn(covariance_type):
+    x, start = torch.randn(60, 3), random_mixture(2, 3, covariance_type)
+    options = {"reg_covar": 0.0, "max_iter": 5, "tol": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        theirs = SklearnMixture(**to_sklearn(start), **options).fit(x.numpy())
+    ours = fit_gaussian_mixture(
+        x,
+        2,
+        covariance_type=covariance_type,
+        init=start,
+        iterations=5,
+        tolerance=0.0,
+        regularization=0,
+    )
+    torch.testing.assert_close(ours.means.numpy(), theirs.means_)
+    torch.testing.assert_close(ours.covariances.numpy(), theirs.covariances_)
+    with pytest.raises(ValueError, match="regularization must be a finite number >= 0; got -1"):
+        fit_gaussian_mixture(x, 2, regularization=-1)
+
+
+def test_without_regularization_a_singular_covariance_is_nan():
+    x = torch.stack([torch.randn(9), torch.full((9,), 0.3)], -1)
+    assert fit_gaussian_mixture(x, 2, regularization=0).means.isnan().all()
+
+
+SWISS_ROLL = make_swiss_roll(1000, random_state=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "covariance_type", "seeds"),
+    [
+        ("wine", 3, "full", 20),
+        pytest.param("swiss roll", 20, "diag", 20, marks=pytest.mark.long),
+        pytest.param("swiss roll", 20, "full", 20, marks=pytest.mark.long),
+    ],
+)
+def test_fits_end_as_high_as_sklearns_from_its_own_start(data, count, covariance_type, seeds):
+    wine = load_wine().data
+    x = (wine - wine.mean(0)) / wine.std(0) if data == "wine" else SWISS_ROLL
+    ours, theirs = [], []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        fitted = fit_gaussian_mixture(
+            torch.tensor(x), count, covariance_type=covariance_type, generator=generator
+        )
+        ours.append(fitted.log_likelihood)
+        start = {"init_params": "k-means++", "random_state": seed}
+        model = SklearnMixture(count, covariance_type=covariance_type, **start)
+        theirs.append(model.fit(x).score(x))
+    ours, theirs = torch.stack(ours), torch.tensor(theirs)
+    error = (ours.var(correction=0) + theirs.var(correction=0)).div(seeds).sqrt()
+    assert ours.mean() > theirs.mean() - 2 * error
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_greedy_seeds_leave_less_distance_than_plain_ones(batch):
+    """The seeds of 20 equal clusters: drawn by distance alone, some clusters get none."""
+    centres = 100 * torch.cartesian_prod(torch.arange(5.0), torch.arange(4.0))
+    x = (centres.repeat_interleave(10, 0) + torch.randn(*batch, 200, 2)).expand(*batch, 200, 2)
+    misses = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        mixture = fit_gaussian_mixture(x, 20, iterations=1, tolerance=0.0, generator=generator)
+        found = torch.cdist(centres.expand(*batch, 20, 2), mixture.means).amin(-1) < 30
+        misses.append((~found).sum(-1).double().mean())
+    assert torch.stack(misses).mean() < 0.5  # plain k-means++ misses more than two on average
+
+
+FORWARD = [(kind, 9) for kind in TYPES] + [("full", 3)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize(("covariance_type", "rows"), FORWARD)
+@pytest.mark.parametrize("differentiate", ["unroll", "last", "none"])
+def test_forward_mode_derivatives_are_those_of_reverse_mode(covariance_type, rows, differentiate):
+    x, direction = torch.randn(rows, 4), torch.randn(rows, 4)
+
+    def fit(x):
+        mixture = fit_gaussian_mixture(
+            x,
+            2,
+            covariance_type=covariance_type,
+            iterations=3,
+            tolerance=0.0,
+            differentiate=differentiate,
+            generator=torch.Generator().manual_seed(3),
+        )
+        return torch.cat([part.flatten() for part in (mixture.means, mixture.covariances)])
+
+    _, forward = torch.func.jvp(fit, (x,), (direction,))
+    if differentiate == "none":
+        assert not forward.any()
+        return
+    jacobian = torch.autograd.functional.jacobian(fit, x)
+    torch.testing.assert_close(forward, (jacobian * direction).sum((-2, -1)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("covariance_type", "rows"), FORWARD)
+def test_second_derivatives_are_right_or_refused_with_an_alternative(covariance_type, rows):
+    def value(x, **options):
+        mixture = fit_gaussian_mixture(
+            x,
+            2,
+            covariance_type=covariance_type,
+            iterations=2,
+            tolerance=0.0,
+            generator=torch.Generator().manual_seed(3),
+            **options,
+        )
+        return mixture.means.square().sum() + mixture.covariances.sum()
+
+    x = torch.randn(rows, 4, requires_grad=True)
+    refused = covariance_type in ("diag", "spherical") or rows < 4
+    if refused:
+        (grad,) = torch.autograd.grad(value(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"first derivatives only.* has them all"):
+            grad.sum().backward()
+    if not refused or covariance_type != "full":
+        options = {"regularization": 1e-8} if refused else {}
+        assert torch.autograd.gradgradcheck(lambda x: value(x, **options), (x,))
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_draws_do_not_depend_on_the_default_dtype(default):
+    x = torch.randn(50, 2, dtype=torch.float32)
+    rare = GaussianMixture(
+        weights=torch.tensor([0.001, 0.999], dtype=torch.float32),
+        means=torch.tensor([[0.0], [100.0]], dtype=torch.float32),
+        covariances=torch.full((2, 1), 1e-4, dtype=torch.float32),
+    )
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        means = [
+            fit_gaussian_mixture(x, 4, init=init, generator=generator).means
+            for init in ("kmeans++", "random")
+        ]
+        return [*means, rare.sample(100_000, generator=generator)]
+
+    expected = draw()
+    torch.set_default_dtype(default)
+    drawn = draw()
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected))
+    share = (drawn[-1] < 50).double().mean().item()
+    assert share == pytest.approx(0.001, abs=4 * (0.001 / 100_000) ** 0.5)
+
+
+def test_a_cpu_generator_serves_data_elsewhere():
+    """The meta device stands for a GPU: it has neither the CPU's numbers nor its generator."""
+    mixture = random_mixture(2, 3, "diag").to("meta")
+    generator = torch.Generator().manual_seed(0)
+    assert mixture.sample(7, generator=generator).is_meta
+    for draw in (normal, uniform):
+        assert draw([2, 3], mixture.means, generator).is_meta
+        numbers = draw([2, 3], torch.ones(1, dtype=torch.float32), generator)
+        assert numbers.dtype == torch.float32
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
 def test_weights_count_as_repetitions(covariance_type):
     x, start = torch.randn(20, 3), random_mixture(2, 3, covariance_type)
     weights = torch.randint(0, 3, (20,))
@@ -295,7 +530,11 @@ DEGENERATE = {
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_data(case, dtype, init, covariance_type):
     x = DEGENERATE[case].to(dtype, copy=True).requires_grad_()
-    mixture = fit_gaussian_mixture(x, 4, covariance_type=covariance_type, init=init, iterations=10)
+    few = len(x.detach().unique(dim=0)) < 4
+    with pytest.warns(UserWarning, match="distinct samples") if few else nullcontext():
+        mixture = fit_gaussian_mixture(
+            x, 4, covariance_type=covariance_type, init=init, iterations=10
+        )
     outputs = (mixture.weights, mixture.means, mixture.covariances, mixture.posterior(x))
     assert all(output.isfinite().all() for output in outputs)
     torch.testing.assert_close(mixture.weights.sum(), torch.ones((), dtype=dtype))
@@ -304,13 +543,28 @@ def test_degenerate_data(case, dtype, init, covariance_type):
     assert x.grad.isfinite().all()
 
 
+def test_fewer_distinct_samples_than_components_are_worth_a_warning():
+    x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0], [2.0, 2.0]])
+    with pytest.warns(UserWarning, match="3 distinct samples for 4 components"):
+        fit_gaussian_mixture(x, 4)
+    with pytest.warns(UserWarning, match="2 distinct samples for 3 components"):
+        fit_gaussian_mixture(x, 3, weights=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    batch = torch.stack([x, torch.randn(4, 2)])
+    with pytest.warns(UserWarning, match="3 distinct samples for 4 components"):
+        fit_gaussian_mixture(batch, 4)
+    fit_gaussian_mixture(x, 3)
+    fit_gaussian_mixture(x + 1e6, 3)
+    fit_gaussian_mixture(x, 4, tolerance=0.0)  # no value is read
+
+
 @pytest.mark.parametrize("init", ["kmeans++", "random"])
 def test_no_samples_at_all(init):
     mixture = fit_gaussian_mixture(torch.zeros(0, 3), 2, init=init)
     assert mixture.means.isfinite().all()
-    masked = fit_gaussian_mixture(
-        torch.full((4, 3), torch.nan), 2, weights=torch.zeros(4), init=init
-    )
+    with pytest.warns(UserWarning, match="0 distinct samples"):
+        masked = fit_gaussian_mixture(
+            torch.full((4, 3), torch.nan), 2, weights=torch.zeros(4), init=init
+        )
     assert masked.means.isfinite().all()
 
 
@@ -561,7 +815,7 @@ class TestFewerSamplesThanFeatures:
     def test_samples_in_one_place_or_on_a_line(self):
         for x in (torch.ones(3, 5), torch.arange(3.0).unsqueeze(-1) * torch.ones(5)):
             x = x.double().requires_grad_()
-            mixture = fit_gaussian_mixture(x, 2, covariance_type="full")
+            mixture = fit_gaussian_mixture(x, 2, covariance_type="full", tolerance=0.0)
             (grad,) = torch.autograd.grad(mixture.covariances.sum() + mixture.means.sum(), x)
             assert mixture.covariances.isfinite().all()
             assert grad.isfinite().all()

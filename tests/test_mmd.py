@@ -1,3 +1,5 @@
+import warnings
+
 import geomloss
 import pytest
 import torch
@@ -80,8 +82,8 @@ def test_agrees_with_geomloss():
 @pytest.mark.parametrize("size", [7, 1300])  # direct differences, and the matrix product
 def test_zero_at_equality_and_never_far_below(dtype, size):
     x = torch.randn(size, 5, dtype=dtype)
-    assert mmd_loss([x, x.clone(), x.clone()]) == 0
-    assert mmd_loss([x, x + 1e-3]) > -1e-6
+    assert mmd_loss([x, x.clone(), x.clone()], bandwidth=1.0) == 0
+    assert mmd_loss([x, x + 1e-3], bandwidth=1.0) > -1e-6
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
@@ -147,11 +149,11 @@ class TestStreaming:
 def test_second_derivatives_of_a_streamed_matrix_are_refused(monkeypatch):
     x = torch.randn(4, 2, requires_grad=True)
     y = torch.randn(4, 2)
-    (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
+    (grad,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=1.0), x, create_graph=True)
     grad.sum().backward()
     monkeypatch.setattr("multialign.mmd._DENSE_ENTRIES", 0)
-    (grad,) = torch.autograd.grad(mmd_loss([x, y]), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="streamed, not held, has first derivatives only"):
+    (grad,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=1.0), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"streamed .* first derivatives only; .*has them all"):
         grad.sum().backward()
 
 
@@ -168,8 +170,8 @@ def test_large_offset_costs_nothing():
     x, y = torch.randn(50, 4).float(), torch.randn(60, 4).float() + 1
     offset = 2.0**13
     moved = [(x + offset), (y + offset)]
-    exact = mmd_loss([m.double() - offset for m in moved])
-    torch.testing.assert_close(mmd_loss(moved).double(), exact, rtol=1e-5, atol=1e-7)
+    exact = mmd_loss([m.double() - offset for m in moved], bandwidth=1.0)
+    torch.testing.assert_close(mmd_loss(moved, bandwidth=1.0).double(), exact, rtol=1e-5, atol=1e-7)
 
 
 def test_all_points_equal():
@@ -178,6 +180,52 @@ def test_all_points_equal():
     loss.backward()
     assert loss == 0
     assert (x.grad == 0).all()
+
+
+def test_learns_with_default_options():
+    """In 64 dimensions, where a bandwidth of 1 leaves no gradient."""
+    x, y = torch.randn(100, 64) + 1, torch.randn(100, 64).requires_grad_()
+    loss = MMDLoss()([x, y])
+    (grad,) = torch.autograd.grad(loss, y)
+    torch.testing.assert_close(loss, mmd_loss([x, y], bandwidth="median"))
+    assert (grad.mean(0) < 0).all()  # towards x
+    assert grad.norm() > 1e-3
+
+
+SMALL = "every kernel entry between distinct samples is below 1e-06"
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased", "random_features"])
+@pytest.mark.parametrize("size", [20, 300])
+def test_a_bandwidth_without_gradient_is_worth_a_warning(estimator, size):
+    x, y = torch.randn(2, size, 3), torch.randn(2, size, 3)
+    x[1], y[1] = 1e3 * x[1], 1e3 * y[1]
+    pooled = torch.cat([x, y], 1)
+    nearest = (
+        torch.cdist(pooled, pooled)
+        .flatten(1)
+        .masked_fill(torch.eye(2 * size).bool().flatten(), 1e9)
+    )
+    limit = nearest.min() / (2 * torch.tensor(1e6).log()).sqrt()
+    for features in ([x, y], [x, torch.cat([y, x[:, :1]], 1)]):
+        with pytest.warns(UserWarning, match=SMALL):
+            mmd_loss(features, bandwidth=float(limit) * 0.999, estimator=estimator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mmd_loss(features, bandwidth=float(limit) * 1.001, estimator=estimator)
+            mmd_loss(features, bandwidth=[float(limit) * 0.5, float(limit) * 2])
+            mmd_loss(features, estimator=estimator)
+    with pytest.warns(UserWarning, match=SMALL):
+        mmd_loss([x, y], bandwidth=[float(limit) * 0.5, float(limit) * 0.9], estimator=estimator)
+
+
+def test_equal_and_absent_samples_are_worth_no_warning():
+    x = torch.ones(5, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mmd_loss([x, x], bandwidth=1e-6) == 0
+        x, y = torch.tensor([[0.0], [1.0], [9e9]]), torch.tensor([[0.0], [2.0]])
+        mmd_loss([x, y], [torch.tensor([True, True, False]), None], bandwidth=0.5)
 
 
 def test_errors():
@@ -246,15 +294,14 @@ def test_a_single_sample_is_out_of_the_unbiased_estimate_alone(estimator):
     weights = [torch.tensor([[1.0, 0, 0, 0], [1.0, 1.0, 0, 0]]), None, None]
     first = 1 if estimator == "biased" else 0
     x, y, z = features
-    pair = mmd_loss([y[0], z[0]], estimator=estimator)
-    pairs = [mmd_loss([x[0, :1], other[0]]) for other in (y, z)]
+    options = {"bandwidth": 1.0, "estimator": estimator}
+    pair = mmd_loss([y[0], z[0]], **options)
+    pairs = [mmd_loss([x[0, :1], other[0]], bandwidth=1.0) for other in (y, z)]
     expected = [
         (pair + first * sum(pairs)) / 3,
-        mmd_loss([x[1, :2], y[1], z[1]], estimator=estimator),
+        mmd_loss([x[1, :2], y[1], z[1]], **options),
     ]
-    torch.testing.assert_close(
-        mmd_loss(features, weights, estimator=estimator), torch.stack(expected).mean()
-    )
+    torch.testing.assert_close(mmd_loss(features, weights, **options), torch.stack(expected).mean())
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased", "random_features"])
@@ -271,7 +318,9 @@ def test_the_median_of_float32_features(estimator):
         for dtype in (torch.float32, torch.float64)
     ]
     assert losses[0].dtype == torch.float32
-    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-4, atol=1e-6)
+    # The frequencies are drawn in the dtype of the features, so they are others.
+    rtol = 0.1 if estimator == "random_features" else 1e-4
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=rtol, atol=1e-6)
 
 
 def test_the_table_of_the_median_has_a_bound(monkeypatch):

@@ -26,12 +26,14 @@ ALLOWED = {
     "_distributed": set(),
     "_versions": {""},  # __version__
     "_samples": {"_distributed"},
+    "_draws": set(),
     "ops": {"_validation"},
     "costs": {"_validation", "ops"},
     "decoupling": {"_validation", "_samples"},
     "moments": {"_validation", "_distributed", "_samples"},
-    "mmd": {"_validation", "_distributed", "_samples", "ops", "costs"},
-    "mixture": {"_validation", "_distributed", "_samples", "ops", "costs"},
+    "mmd": {"_validation", "_distributed", "_samples", "_draws", "ops", "costs"},
+    "mixture": {"_validation", "_distributed", "_samples", "_draws", "ops", "costs"},
+    "diagnose": {"_validation"},
     "transport": {"_validation", "ops"},
     "sinkhorn": {"_validation", "_samples", "ops", "transport", "costs"},
     "prototypes": {

@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from multialign import (
+    GaussianPrototypes,
+    MultiMarginalSinkhornLoss,
+    PrototypeAlignmentLoss,
+    bures_wasserstein_cost,
+    fit_gaussian_mixture,
     multi_marginal_sinkhorn,
     multi_marginal_sinkhorn_loss,
     squared_euclidean_cost,
@@ -48,26 +53,181 @@ COMPILED_LONG = each(
 )
 
 
-@pytest.mark.transforms
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] if long else [])
-        for name, long in COMPILED_LONG.items()
-    ],
-)
-def test_compiles_without_a_break(name):
-    torch.compiler.reset()  # numbers that differ from an earlier entry's would become symbols
-    features = [f.requires_grad_() for f in clusters([6, 6])]
-    module = MODULES[name].sized(features).make()
-    weights = [None, torch.tensor([1.0, 0.5, 1.0, 1.0, 0.0, 1.0])]
-    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The regular runs compile these in float32 too, and the long ones everything in every dtype.
+COMPILED_IN_FLOAT32 = ("moments", "mmd median", "sinkhorn")
+
+
+def _is_long(name, dtype):
+    """Whether an entry is compiled in this dtype in the long runs alone."""
+    if dtype == torch.float32:
+        return name not in COMPILED_IN_FLOAT32
+    return dtype != torch.float64 or COMPILED_LONG[name]
+
+
+def _maybe_long(long, *values, id):
+    return pytest.param(*values, marks=[pytest.mark.long] if long else [], id=id)
+
+
+def _inputs(size, dtype=torch.float64, weighted=True):
+    features = [f.to(dtype).requires_grad_() for f in clusters([size, size])]
+    weight = torch.tensor([1.0, 0.5, 1.0, 1.0, 0.0, 1.0] + (size - 6) * [0.5]) if weighted else None
+    return features, [None, weight]
+
+
+def _assert_compiles_alike(module, compiled, features, weights, **tolerance):
     values = []
     for loss in (module, compiled):
         torch.manual_seed(0)
         value = loss(features, weights)
         values.append((value, torch.autograd.grad(value, features)))
-    torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(values[0], values[1], **tolerance)
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        _maybe_long(_is_long(name, dtype), name, dtype, id=f"{name}-{dtype}")
+        for name in VARIANTS
+        for dtype in DTYPES
+    ],
+)
+def test_compiles_without_a_break(name, dtype):
+    torch.compiler.reset()  # numbers that differ from an earlier entry's would become symbols
+    module = MODULES[name].make()
+    features, weights = _inputs(6, dtype)
+    if name == "prototypes momentum":
+        module(features, weights)  # the running mixtures get their shapes from the first batch
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float64 else {}
+    if dtype != torch.float64:  # float32 inside; gradients in the dtype of the features
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps + 1e-4, "atol": 1e-3}
+    _assert_compiles_alike(module, compiled, features, weights, **tolerance)
+
+
+# Tracing sizes as symbols is slow: the regular runs do it for one loss of each kind of operator.
+DYNAMIC = ("decoupling", "mmd bandwidths", "mmd random features", "sinkhorn biased")
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        _maybe_long(name not in DYNAMIC or not dynamic, name, dynamic, id=f"{name}-{dynamic}")
+        for name in FUNCTIONS
+        for dynamic in (True, None)
+    ],
+)
+def test_a_last_batch_of_another_size(name, dynamic):
+    torch.compiler.reset()
+    module = FUNCTIONS[name].given(em_iterations=1).make()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in (9, 7):
+        features, weights = _inputs(size, torch.float32)
+        _assert_compiles_alike(module, compiled, features, weights, rtol=1e-4, atol=1e-4)
+
+
+SCALARS = {
+    "moments": {"eps": [1e-6, 1e-4, 1e-2]},
+    "mmd": {"bandwidth": [1.0, 2.0, 3.5]},
+    "mmd bandwidths": {"bandwidth": [(0.5, 2.0), (0.75, 2.5), (1.0, 3.0)]},
+    "mmd random features": {"bandwidth": [1.0, 2.0, 3.5]},
+    "sinkhorn": {"epsilon": [0.5, 1.0, 1.5], "tolerance": [1e-6, 1e-7, 1e-8]},
+    "prototypes": {
+        "epsilon": [0.1, 0.2, 0.4],
+        "transport_weight": [1.0, 0.5, 0.25],
+        "prototype_weight": [1.0, 0.5, 0.25],
+        "tolerance": [1e-6, 1e-7, 1e-8],
+    },
+}
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        _maybe_long("mmd" != name != "moments", name, option, id=f"{name}-{option}")
+        for name, options in SCALARS.items()
+        for option in options
+    ],
+)
+def test_a_number_that_changes_between_calls(name, option):
+    torch.compiler.reset()
+    module = FUNCTIONS[name].given(em_iterations=1).make()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    features, weights = _inputs(6)
+    values = set()
+    for number in SCALARS[name][option]:
+        setattr(module, option, number)
+        _assert_compiles_alike(module, compiled, features, weights, rtol=1e-5, atol=1e-7)
+        values.add(float(module(features, weights).detach()))
+    assert len(values) == len(SCALARS[name][option]) or option == "tolerance"
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    "name",
+    [
+        _maybe_long(name not in ("decoupling", "moments", "mmd"), name, id=name)
+        for name in FUNCTIONS
+    ],
+)
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_exports(name, strict):
+    torch.compiler.reset()
+    module = FUNCTIONS[name].given(em_iterations=1).make()
+    features, weights = _inputs(6)
+    features = [x.detach() for x in features]
+    program = torch.export.export(module, (features, weights), strict=strict)
+    values = []
+    for call in (program.module(), module):
+        torch.manual_seed(0)
+        values.append(call(features, weights))
+    torch.testing.assert_close(*values)
+
+
+def _solve(points):
+    costs = {(0, 1): squared_euclidean_cost(*points)}
+    return multi_marginal_sinkhorn(costs, [torch.ones(6, dtype=costs[0, 1].dtype)] * 2, 0.5)
+
+
+PUBLIC = {
+    "solver": lambda x: _solve(x).value,
+    "transport cost": lambda x: _solve(x).transport_cost,
+    "solution of clouds": lambda x: MultiMarginalSinkhornLoss().solve(x).value,
+    "solution of prototypes": lambda x: PrototypeAlignmentLoss(2, em_iterations=1).solve(x).loss,
+    "mixture": lambda x: fit_gaussian_mixture(
+        x[0], 2, iterations=2, tolerance=0.0
+    ).log_prob(x[0]).sum(),
+    "prototypes": lambda x: GaussianPrototypes(2, em_iterations=2)(x[0]).posterior(x[0])[0, 0],
+    "Bures-Wasserstein": lambda x: bures_wasserstein_cost(
+        x[0], x[0].square(), x[1], x[1].square()
+    ).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        _maybe_long(dtype != torch.float32, name, dtype, id=f"{name}-{dtype}")
+        for name in PUBLIC
+        for dtype in DTYPES
+    ],
+)
+def test_public_functions_compile(name, dtype):
+    torch.compiler.reset()
+    features, _ = _inputs(6, dtype)
+    function = PUBLIC[name]
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    # Where no gradient is asked for, another graph is traced.
+    for points in (features, [x.detach() for x in features]):
+        values = []
+        for call in (function, compiled):
+            torch.manual_seed(0)
+            values.append(call(points))
+        torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.transforms
@@ -117,7 +277,7 @@ def test_deterministic_algorithms(name):
         results = []
         for _ in range(2):
             torch.manual_seed(0)
-            value = MODULES[name].sized(features).make()(features)
+            value = MODULES[name].make()(features)
             results.append((value, *torch.autograd.grad(value, features)))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -128,10 +288,10 @@ def test_deterministic_algorithms(name):
 def test_inference_mode(name):
     features = clusters([6, 6])
     torch.manual_seed(0)
-    expected = MODULES[name].sized(features).make()(features)
+    expected = MODULES[name].make()(features)
     with torch.inference_mode():
         torch.manual_seed(0)
-        assert torch.equal(MODULES[name].sized(features).make()(features), expected)
+        assert torch.equal(MODULES[name].make()(features), expected)
         assert torch.is_inference_mode_enabled()
 
 

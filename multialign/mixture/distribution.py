@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from multialign._draws import normal, uniform
 from multialign._validation import (
     check_alike,
     check_choice,
@@ -19,9 +21,18 @@ from multialign._validation import (
 )
 from multialign.costs import squared_euclidean_cost
 from multialign.mixture.parameters import COVARIANCE_TYPES, CovarianceType, Parameters
-from multialign.ops import log, logsumexp
+from multialign.ops import has_tangent, log, logsumexp
 
-__all__ = ["GaussianMixture", "as_mixture", "log_density", "log_joint", "parameters_of", "whiten"]
+__all__ = [
+    "GaussianMixture",
+    "Report",
+    "as_mixture",
+    "log_density",
+    "log_joint",
+    "parameters_of",
+    "whiten",
+    "with_report",
+]
 
 _COVARIANCE_DIMENSIONS = {"diag": "KD", "full": "KDD", "tied": "DD", "spherical": "K"}
 
@@ -39,6 +50,14 @@ class GaussianMixture:
             "full" :math:`(*\text{batch}, K, D, D)`, "tied" :math:`(*\text{batch}, D, D)`,
             "spherical" :math:`(*\text{batch}, K)`.
         covariance_type: Which of these `covariances` is.
+
+    Attributes:
+        iterations: How many iterations :func:`fit_gaussian_mixture` took, :math:`(*\text{batch})`;
+            like the next two, None for a mixture that is not its result.
+        converged: Whether the tolerance was reached, :math:`(*\text{batch})`; with tolerance 0, it
+            is False.
+        log_likelihood: Mean log-density of the samples fitted, by their weights,
+            :math:`(*\text{batch})`, without gradient.
 
     Raises:
         ValueError: Shapes, devices or the covariance type do not fit.
@@ -64,6 +83,9 @@ class GaussianMixture:
     means: Tensor
     covariances: Tensor
     covariance_type: CovarianceType = "diag"
+    iterations: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    converged: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    log_likelihood: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("covariance_type", self.covariance_type, COVARIANCE_TYPES)
@@ -94,6 +116,28 @@ class GaussianMixture:
         """K."""
         return self.means.shape[-2]
 
+    def detach(self) -> GaussianMixture:
+        """Return the same mixture without gradient."""
+        return self._map(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> GaussianMixture:
+        """Return the mixture on another device or in another dtype, as :meth:`torch.Tensor.to`."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = x.to(*args, **kwargs)
+            # Counts keep their dtype.
+            return moved if x.is_floating_point() else moved.to(x.dtype)
+
+        return self._map(move)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> GaussianMixture:
+        """Return the mixture with a function of each of its tensors."""
+        names = [field.name for field in fields(self) if field.name != "covariance_type"]
+        parts = {name: getattr(self, name) for name in names}
+        parts = {name: None if x is None else function(x) for name, x in parts.items()}
+        report = Report(*(parts.pop(name) for name in Report._fields))
+        return with_report(replace(self, **parts), report)
+
     def log_prob(self, x: Tensor) -> Tensor:
         r"""Return the log-density of each row of `x` :math:`(*\text{batch}, N, D)`."""
         return logsumexp(self._log_joint(self._check(x)), -1)
@@ -114,13 +158,11 @@ class GaussianMixture:
         r"""Draw `n` points, :math:`(*\text{batch}, n, D)`, without gradient."""
         n = check_count("n", n)
         *batch, count, dim = self.means.shape
-        cumulative = self.weights.cumsum(-1)
-        draws = torch.rand(*batch, n, generator=generator, device=cumulative.device)
-        draws = draws.to(cumulative.dtype) * cumulative[..., -1:]
+        # In float64: a component of little weight is below the spacing of other dtypes.
+        cumulative = self.weights.double().cumsum(-1)
+        draws = uniform([*batch, n], cumulative, generator) * cumulative[..., -1:]
         component = torch.searchsorted(cumulative, draws, right=True).clamp_max(count - 1)
-        noise = torch.randn(
-            *batch, n, dim, generator=generator, device=draws.device, dtype=draws.dtype
-        )
+        noise = normal([*batch, n, dim], self.means, generator)
         index = component.unsqueeze(-1).expand(*batch, n, dim)
         means = self.means.gather(-2, index)
         covariances = self.component_covariances()
@@ -161,6 +203,21 @@ class GaussianMixture:
             return log_joint(x, parameters_of(self), self.covariance_type)
 
 
+class Report(NamedTuple):
+    """What a fitted mixture tells of its fit; see there."""
+
+    iterations: Tensor
+    converged: Tensor
+    log_likelihood: Tensor
+
+
+def with_report(mixture: GaussianMixture, report: Report) -> GaussianMixture:
+    """Return the mixture, which now tells of its fit; it must not be anyone else's."""
+    for name, value in report._asdict().items():
+        object.__setattr__(mixture, name, value)
+    return mixture
+
+
 def parameters_of(mixture: GaussianMixture) -> Parameters:
     """Return the parameters of a mixture."""
     return Parameters(mixture.weights, mixture.means, mixture.covariances)
@@ -199,7 +256,9 @@ def log_density(x: Tensor, state: Parameters, covariance_type: CovarianceType) -
         distance = squared_euclidean_cost(x @ whitening.mT, means @ whitening.mT)
         log_det = log_det[..., None, None]
     else:
-        distance, log_det, _ = _FullDistance.apply(x, means, covariances)
+        function = _FullDistance
+        run = function.forward if has_tangent(x, means, covariances) else function.apply
+        distance, log_det, _ = run(x, means, covariances)
         log_det = log_det.unsqueeze(-2)
     return -0.5 * (dim * math.log(2 * math.pi) + log_det + distance)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from multialign.costs import squared_euclidean_cost
 from multialign.mixture.distribution import log_joint
-from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments
+from multialign.mixture.em_moments import SMALLEST_FLOOR, em_by_moments, log_joint_by_moments
 from multialign.mixture.em_plain import PlainEM, joint_masses
 from multialign.mixture.em_subspace import SubspaceEM
 from multialign.mixture.options import FitOptions
@@ -20,33 +20,59 @@ from multialign.mixture.parameters import (
     select,
     with_matrices,
 )
+from multialign.ops import has_tangent, logsumexp
 
-__all__ = ["fit_standard", "fit_with_posterior", "posterior_moments"]
+__all__ = ["Ending", "fit_standard", "fit_with_posterior", "log_likelihood", "posterior_moments"]
 
 # Of a component of a given mixture, relative to the data; rounding leaves no smaller variance.
 _SMALLEST_VARIANCE = 1e-10
 
 
-def fit_standard(data: Standardised, start: Parameters, options: FitOptions) -> Parameters:
-    """Return the mixture after EM, standardised. The caller disables gradients for "none"."""
+_Record = TypeVar("_Record", Parameters, Standardised)
+
+
+class Ending(NamedTuple):
+    """How EM ended, for each problem."""
+
+    iterations: Tensor
+    """`(*batch)`."""
+    converged: Tensor
+    """`(*batch)`: whether it stopped by the tolerance, which with tolerance 0 none does."""
+
+
+def fit_standard(
+    data: Standardised, start: Parameters, options: FitOptions
+) -> tuple[Parameters, Ending]:
+    """Return the mixture after EM, standardised, and how EM ended.
+
+    The caller disables gradients for "none"; tangents of forward mode are taken off here.
+    """
     iterations, tolerance = options.em_iterations, options.em_tolerance
+    if options.differentiate == "none":
+        data, start = _detach(data), _detach(start)
     if options.differentiate != "last":
-        return _iterate(data, start, options, iterations, tolerance)[0]
+        return _iterate(data, start, options, iterations, tolerance)
     with torch.no_grad():
-        before, taken, converged = _iterate(data, start, options, iterations - 1, tolerance)
-    after, _, _ = _iterate(data, before, options, 1, 0.0)
+        before, ending = _iterate(data, start, options, iterations - 1, tolerance)
+        before = _detach(before)
+    after, _ = _iterate(data, before, options, 1, 0.0)
+    ended = Ending(ending.iterations + 1, ending.converged)
     if tolerance == 0:
-        return after
+        return after, ended
     # At a fixed point t = F(t, x) the derivative is that of F by x and, through t, itself: a
     # geometric series, whose terms fall as fast as EM converged. Each round adds one.
-    for _ in range(taken):
+    for _ in range(int(ending.iterations.max())):
         moved = select(
-            converged,
+            ending.converged,
             Parameters(*(a + (b - b.detach()) for a, b in zip(before, after, strict=True))),
             before,
         )
-        after, _, _ = _iterate(data, moved, options, 1, 0.0)
-    return after
+        after, _ = _iterate(data, moved, options, 1, 0.0)
+    return after, ended
+
+
+def _detach(record: _Record) -> _Record:
+    return type(record)(*(part.detach() for part in record))
 
 
 def fit_with_posterior(
@@ -56,7 +82,7 @@ def fit_with_posterior(
 
     Differentiated through all iterations, the moments are the sums of one more step.
     """
-    if options.differentiate == "unroll" and _by_moments(options):
+    if options.differentiate == "unroll" and _by_moments(data, start, options):
         iterations = options.em_iterations
         return em_by_moments(data, start, options, iterations=iterations, posterior=True)[:2]
     if options.differentiate == "unroll":
@@ -64,7 +90,7 @@ def fit_with_posterior(
         fitted, joint = em.end(_loop(em, data, options, options.em_iterations, 0.0)[0])
         return fitted, _moments(data, joint, options)
     with torch.set_grad_enabled(options.grad):
-        fitted = fit_standard(data, start, options)
+        fitted, _ = fit_standard(data, start, options)
     return fitted, posterior_moments(data, fitted, options)
 
 
@@ -72,47 +98,60 @@ def posterior_moments(
     data: Standardised, mixture: Parameters, options: FitOptions
 ) -> PosteriorMoments:
     """Return the posterior moments of samples under a mixture, both standardised."""
-    if _by_moments(options):
+    if _by_moments(data, mixture, options):
         data = data._replace(floor=torch.full_like(data.floor, _SMALLEST_VARIANCE))
         return em_by_moments(data, mixture, options, iterations=0, posterior=True)[1]
     log_densities = log_joint(data.x, mixture, options.covariance_type)
     return _moments(data, joint_masses(data, log_densities), options)
 
 
-def _by_moments(options: FitOptions) -> bool:
-    """Return whether EM by moments is exact enough; then it is the fastest."""
+def log_likelihood(data: Standardised, mixture: Parameters, options: FitOptions) -> Tensor:
+    """Return the mean log-density of standardised samples, `(*batch)`, without gradient."""
+    with torch.no_grad():
+        if _by_moments(data, mixture, options):
+            log_densities = log_joint_by_moments(data, mixture, options)
+        else:
+            log_densities = log_joint(data.x, mixture, options.covariance_type)
+        likelihood = (data.mass * logsumexp(log_densities, -1)).sum(-1)
+        return options.ranks.sum([likelihood])[0]
+
+
+def _by_moments(data: Standardised, mixture: Parameters, options: FitOptions) -> bool:
+    """Return whether EM by moments is exact enough; then it is the fastest.
+
+    It has no forward-mode derivative.
+    """
     axis_aligned = options.covariance_type in ("diag", "spherical")
-    return axis_aligned and options.regularization >= SMALLEST_FLOOR
+    if not axis_aligned or options.regularization < SMALLEST_FLOOR:
+        return False
+    return not has_tangent(data.x, data.mass, *mixture)
 
 
 def _choose(data: Standardised, start: Parameters, options: FitOptions) -> PlainEM | SubspaceEM:
     """Return the faster EM by differences."""
     rows, dim = data.x.shape[-2:]
-    if options.covariance_type == "full" and rows < dim and options.process_group is None:
+    fewer = options.covariance_type == "full" and rows < dim and options.process_group is None
+    if fewer and not has_tangent(data.x, data.mass, *start):
         return SubspaceEM(data, start)
     return PlainEM(data, start, options.covariance_type, options.ranks)
 
 
 def _iterate(
     data: Standardised, start: Parameters, options: FitOptions, iterations: int, tolerance: float
-) -> tuple[Parameters, int, Tensor]:
-    """Return the mixture after EM, the most steps of any problem, and which problems converged.
-
-    With tolerance 0 none counts as converged.
-    """
-    if _by_moments(options):
+) -> tuple[Parameters, Ending]:
+    """Return the mixture after EM, and how it ended."""
+    if _by_moments(data, start, options):
         fitted, _, steps = em_by_moments(
             data, start, options, iterations=iterations, tolerance=tolerance
         )
-        if tolerance == 0:
-            return fitted, iterations, steps < 0
-        return fitted, int(steps.max()), steps < iterations
+        return fitted, Ending(steps.clamp_max(iterations).long(), steps <= iterations)
     if iterations == 0:
         mixture = with_matrices(start, options.covariance_type)
-        return mixture, 0, torch.zeros_like(data.x[..., 0, 0], dtype=torch.bool)
+        none = torch.zeros_like(data.x[..., 0, 0], dtype=torch.long)
+        return mixture, Ending(none, none > 0)
     em = _choose(data, start, options)
-    state, count, converged = _loop(em, data, options, iterations, tolerance)
-    return em.mixture(state), count, converged
+    state, ending = _loop(em, data, options, iterations, tolerance)
+    return em.mixture(state), ending
 
 
 def _loop(
@@ -121,11 +160,12 @@ def _loop(
     options: FitOptions,
     iterations: int,
     tolerance: float,
-) -> tuple[Any, int, Tensor]:
-    """Return the E-step before the last M-step; for the rest see `_iterate`."""
+) -> tuple[Any, Ending]:
+    """Return the E-step before the last M-step, and how EM ends after that."""
     state: Any
     state, log_densities = em.begin()
     done = torch.zeros_like(data.x[..., 0, 0], dtype=torch.bool)
+    steps = torch.full_like(data.x[..., 0, 0], iterations, dtype=torch.long)
     previous: Tensor | None = None
     for count in range(1, iterations + 1):
         if count > 1:
@@ -138,11 +178,13 @@ def _loop(
         if previous is not None:
             # NaN never converges: stop, the result shows it.
             change = (likelihood - previous).abs()
-            done = done | (change < tolerance) | change.isnan()
+            stop = ~done & ((change < tolerance) | change.isnan())
+            steps = torch.where(stop, count, steps)
+            done = done | stop
             if bool(done.all()):
-                return state, count, done
+                break
         previous = likelihood
-    return state, iterations, done
+    return state, Ending(steps, done)
 
 
 def _moments(data: Standardised, joint: Tensor, options: FitOptions) -> PosteriorMoments:

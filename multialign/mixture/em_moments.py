@@ -19,6 +19,7 @@ the posteriors are computed again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from multialign._distributed import ProcessGroup, Ranks
 from multialign.mixture.options import FitOptions
 from multialign.mixture.parameters import Parameters, PosteriorMoments, Standardised
 
-__all__ = ["SMALLEST_FLOOR", "em_by_moments"]
+__all__ = ["SMALLEST_FLOOR", "em_by_moments", "log_joint_by_moments"]
 
 SMALLEST_FLOOR = 1e-7
 # Mass that each component has at its own moments, so that one without samples keeps them.
@@ -46,12 +47,12 @@ def em_by_moments(
     tolerance: float = 0.0,
     posterior: bool = False,
 ) -> tuple[Parameters, PosteriorMoments, Tensor]:
-    """Return the mixture after EM, its posterior moments, and the steps of each problem.
+    """Return the mixture after EM, its posterior moments, and the step each problem stopped at.
 
     It has first derivatives only. All ranks start from the same mixture, and a problem without
     samples stays there. A problem stops once its mean log-likelihood changes by less than the
-    `tolerance`; 0 does not look. The moments mean nothing without `posterior`, which needs
-    tolerance 0.
+    `tolerance`; 0 does not look. One that did not stop has `iterations` + 1. The moments mean
+    nothing without `posterior`, which needs tolerance 0.
     """
     weights, means, variances = start
     spherical = options.covariance_type == "spherical"
@@ -70,6 +71,18 @@ def em_by_moments(
     if spherical:
         variances = variances[..., 0]
     return Parameters(weights, means, variances), PosteriorMoments(*parts[3:6]), parts[6]
+
+
+def log_joint_by_moments(data: Standardised, mixture: Parameters, options: FitOptions) -> Tensor:
+    """Return log pi_k + log N(x_n; mu_k, Sigma_k), `(*batch, N, K)`, without gradient."""
+    weights, means, variances = mixture
+    spherical = options.covariance_type == "spherical"
+    if spherical:
+        variances = variances.unsqueeze(-1).expand_as(means)
+    moments = torch.cat([-0.5 * (variances - data.floor + means.square()), means], -1)
+    slopes, offsets, _, _ = _coefficients(weights.unsqueeze(-1), moments, data.floor, spherical)
+    constant = 0.5 * means.shape[-1] * math.log(2 * math.pi)
+    return (slopes @ _features(data.x) + (offsets - constant)).mT
 
 
 class _EM(torch.autograd.Function):
@@ -225,12 +238,12 @@ def _forward(
     spherical: bool,
     ranks: Ranks,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return weights and moments before and after each step, and the steps of each problem."""
+    """Return weights and moments before and after each step, and where each problem stopped."""
     features = _features(x)
     rows = features.mT
     absent = _absent(mass, ranks)
     path = [(weights, moments)]
-    steps = torch.full_like(absent, iterations)
+    steps = torch.full_like(absent, iterations + 1)
     done = steps < 0
     previous: Tensor | None = None
     for _ in range(iterations):
@@ -367,9 +380,9 @@ def _average_spreads(by_moments: Tensor, means: Tensor) -> Tensor:
 
 
 def _features(x: Tensor) -> Tensor:
-    """Return z(x), samples last: `(B, 2 D, N)`."""
+    """Return z(x), samples last: `(*batch, 2 D, N)`."""
     columns = x.mT
-    return torch.cat([-0.5 * columns.square(), columns], 1)
+    return torch.cat([-0.5 * columns.square(), columns], -2)
 
 
 def _parameters(moments: Tensor, floor: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:

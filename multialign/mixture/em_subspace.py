@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multialign.mixture.distribution import log_density, whiten
+from multialign.mixture.em_moments import SMALLEST_FLOOR
 from multialign.mixture.em_plain import check_deviations, joint_masses, scatter_matrices
 from multialign.mixture.parameters import Parameters, Standardised, with_matrices
 from multialign.ops import log
@@ -161,5 +162,6 @@ class _SubspaceDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             'EM for covariance_type="full" has first derivatives only where samples are fewer than '
-            "features"
+            'features; give more samples, or covariance_type="diag" with a regularization below '
+            f"{SMALLEST_FLOOR}, which has them all"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -19,8 +21,20 @@ from multialign._validation import (
     full_precision,
     lift,
 )
-from multialign.mixture.distribution import GaussianMixture, as_mixture, parameters_of
-from multialign.mixture.em import fit_standard, fit_with_posterior, posterior_moments
+from multialign.mixture.distribution import (
+    GaussianMixture,
+    Report,
+    as_mixture,
+    parameters_of,
+    with_report,
+)
+from multialign.mixture.em import (
+    Ending,
+    fit_standard,
+    fit_with_posterior,
+    log_likelihood,
+    posterior_moments,
+)
 from multialign.mixture.options import Differentiate, FitOptions, Init
 from multialign.mixture.parameters import (
     CovarianceType,
@@ -38,6 +52,9 @@ from multialign.mixture.parameters import (
 from multialign.mixture.seeds import draw_means, start_parameters
 
 __all__ = ["Modalities", "fit_gaussian_mixture", "one_modality"]
+
+# Sums of features that differ by this part of the largest are those of equal samples.
+_EQUAL = 1e-14
 
 _Fields = TypeVar("_Fields", bound=tuple[Tensor, ...])
 
@@ -85,12 +102,33 @@ class Modalities:
             starts: None for seeds, or the mixture that EM starts from in each modality.
             started: None, or whether to start from it, `(*batch)` for each modality.
         """
+        return self._mixtures(fitted for fitted, _ in self._fit(starts, started))
+
+    def fit_with_report(
+        self, starts: Sequence[GaussianMixture] | None = None
+    ) -> list[GaussianMixture]:
+        """Return the same mixtures, which tell of their fit. This takes one more E-step."""
+        fits, reports = self._fit(starts, None), []
+        for (fitted, ending), data in zip(fits, self._data, strict=True):
+            # The density of samples in their own units is that of standardised ones over s^D.
+            change = data.x.shape[-1] * data.scale.log().squeeze((-2, -1))
+            likelihood = log_likelihood(data, fitted, self._options) - change
+            reports.append(Report(*ending, likelihood.to(self._dtype)))
+        mixtures = self._mixtures(fitted for fitted, _ in fits)
+        return [
+            with_report(mixture, report)
+            for mixture, report in zip(mixtures, self._unstack(reports), strict=True)
+        ]
+
+    def _fit(
+        self, starts: Sequence[GaussianMixture] | None, started: Sequence[Tensor] | None
+    ) -> list[tuple[Parameters, Ending]]:
         with (
             torch.set_grad_enabled(self._options.grad),
             full_precision(self.samples.features[0]),
         ):
             pairs = zip(self._data, self._begin(starts, started), strict=True)
-            return self._mixtures([fit_standard(*pair, self._options) for pair in pairs])
+            return [fit_standard(*pair, self._options) for pair in pairs]
 
     def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
         """Return the mixtures after all iterations, and the posterior moments under them."""
@@ -133,7 +171,7 @@ class Modalities:
             self._data, self._stacks, self._sizes, self._counts, self.samples.weighted, options
         )
         return [
-            start_parameters(mean, data, options.covariance_type)
+            start_parameters(mean, data, options)
             for mean, data in zip(means, self._data, strict=True)
         ]
 
@@ -199,19 +237,24 @@ def fit_gaussian_mixture(
     an iteration takes :math:`N K D` time and two matrix products, and the backward pass keeps the
     mixtures it went through alone, so that memory does not grow with :math:`N K` times the
     iterations; it has first derivatives only. So has "full" with :math:`N < D`, where an iteration
-    works in the N dimensions that the samples span, in :math:`K N^3` time.
+    works in the N dimensions that the samples span, in :math:`K N^3` time. Forward-mode derivatives
+    (:func:`torch.func.jvp`) are exact and always take the slower path, by differences.
 
     Args:
         x: :math:`(*\text{batch}, N, D)`; batch entries are independent problems.
         num_components: K. It may exceed N; some components then share samples.
         covariance_type: "diag", "full", "tied" (one for all components) or "spherical".
         weights: None or :math:`(*\text{batch}, N)`, boolean or non-negative; 0 is absent.
-        init: "kmeans++" and "random" choose K samples as means, with the variances of the data and
-            equal weights; a :class:`GaussianMixture` is the state to start from.
+        init: "kmeans++" and "random" choose K samples as means, with equal weights and the
+            variances of the data; a :class:`GaussianMixture` is the state to start from.
+            "kmeans++" is the greedy kind, which draws :math:`2 + \lfloor \log K \rfloor` candidates
+            for each mean and takes the best; the variances are then those of the data times the
+            share that is left around the nearest means.
         iterations: Largest number of iterations.
         tolerance: A problem stops once its mean log-likelihood changes by less; 0 runs all
             iterations and never reads a value back from the device.
-        regularization: :math:`\rho`, dimensionless.
+        regularization: :math:`\rho \ge 0`, dimensionless. At 0 nothing keeps a covariance from
+            becoming singular, on a constant feature for example, and the mixture is then NaN.
         differentiate: "unroll" differentiates through all iterations, "last" through the last
             alone, the state before it being constant, "none" not at all. A problem that converged
             to the `tolerance` is at a fixed point: there "last" adds the derivative of that state,
@@ -222,12 +265,16 @@ def fit_gaussian_mixture(
             initial mixture must be the same on all ranks.
 
     Returns:
-        The mixture, in the units of `x`.
+        The mixture, in the units of `x`, with `iterations`, `converged` and `log_likelihood`.
 
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
         MemoryError: With "full" or "tied", batch N K D is more than 2^28 entries.
+
+    Warns:
+        UserWarning: There are fewer distinct samples than components. This is looked at on the CPU,
+            with a tolerance above 0, outside torch.compile.
 
     References:
         :cite:t:`dempster:77`; :cite:t:`arthur:07` for k-means++; Eq. 2-4 of
@@ -255,10 +302,14 @@ def fit_gaussian_mixture(
         process_group=process_group,
     )
     modality = one_modality(x, weights, num_components, options)
-    if not isinstance(init, GaussianMixture):
-        return modality.fit()[0]
-    _check_start(init, modality.samples.features[0], num_components, covariance_type)
-    return modality.fit([init])[0]
+    first = modality.samples.features[0]
+    starts = None
+    if isinstance(init, GaussianMixture):
+        _check_start(init, first, num_components, covariance_type)
+        starts = [init]
+    with full_precision(first):
+        _warn_of_few_samples(modality.samples, num_components, options)
+        return modality.fit_with_report(starts)[0]
 
 
 def one_modality(x: object, weights: Tensor | None, count: int, options: FitOptions) -> Modalities:
@@ -269,6 +320,33 @@ def one_modality(x: object, weights: Tensor | None, count: int, options: FitOpti
     checked = check_weights([weights], [x], x.shape[:-2])
     with full_precision(x):
         return Modalities(make_samples([x], checked, options.ranks), [count], options)
+
+
+def _warn_of_few_samples(samples: Samples, count: int, options: FitOptions) -> None:
+    """Warn if this rank has fewer distinct samples than components.
+
+    Values are read where a tolerance has them read anyway, and on the CPU alone.
+    """
+    (x,), (mass,) = samples.features, samples.masses
+    if torch.compiler.is_compiling() or options.em_tolerance == 0 or x.device.type != "cpu":
+        return
+    if options.process_group is not None or x.shape[-2] == 0:
+        return
+    with torch.no_grad():
+        # Distinct samples differ in a weighted sum of features; cos has no period of integers.
+        factors = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64).cos()
+        sums = ((x - samples.origins[0]).double() * factors).sum(-1)
+        tops = sums.abs().amax(-1, keepdim=True)
+        sums = torch.where(mass == 0, math.inf, sums).sort(-1).values
+        same = sums.diff(dim=-1) <= _EQUAL * tops
+        distinct = (sums != math.inf).sum(-1) - same.sum(-1)
+        fewest = int(distinct.min()) if distinct.numel() else count
+    if fewest < count:
+        warnings.warn(
+            f"{fewest} distinct samples for {count} components: some components will be equal; "
+            "give a smaller num_components or more samples",
+            stacklevel=3,
+        )
 
 
 def _check_start(

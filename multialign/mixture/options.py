@@ -38,7 +38,7 @@ class FitOptions:
         vars(self).update(  # numbers of NumPy become Python's
             em_iterations=check_count("em_iterations", self.em_iterations),
             em_tolerance=check_positive("em_tolerance", self.em_tolerance, zero=True),
-            regularization=check_positive("regularization", self.regularization),
+            regularization=check_positive("regularization", self.regularization, zero=True),
         )
         check_choice("differentiate", self.differentiate, ("unroll", "last", "none"))
         check_choice("init", self.init, ("kmeans++", "random"))

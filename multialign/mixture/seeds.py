@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
+from multialign._draws import normal, uniform
 from multialign._samples import take_rows
+from multialign.costs import squared_euclidean_cost
 from multialign.mixture.options import FitOptions
 from multialign.mixture.parameters import (
-    CovarianceType,
     Parameters,
     Standardised,
     stack_modalities,
@@ -20,19 +22,31 @@ from multialign.mixture.parameters import (
 
 __all__ = ["draw_means", "start_parameters"]
 
+# Of the sum of weights times squared distances, per dimension: the rounding of a distance of 0.
+_ROUNDING = 1e-14
+# Of the variance, what components begin with at least: that of samples all drawn may be 0.
+_LEAST_SHARE = 1e-3
 
-def start_parameters(
-    means: Tensor, data: Standardised, covariance_type: CovarianceType
-) -> Parameters:
-    """Return a mixture of the given means, with the data's variances and equal weights.
 
-    For "full" the covariances are diagonals, `(*batch, K, D)`; see `with_matrices`.
+def start_parameters(means: Tensor, data: Standardised, options: FitOptions) -> Parameters:
+    """Return a mixture of the given means and equal weights.
+
+    Its variances are those of the data, for "kmeans++" times the part that is left around the
+    nearest mean: wider components would all begin with about the same posteriors. For "full" the
+    covariances are diagonals, `(*batch, K, D)`; see `with_matrices`.
     """
     *batch, count, _ = means.shape
-    variance = data.variance + data.floor
-    if covariance_type == "spherical":
+    variance = data.variance
+    if options.init == "kmeans++" and count > 1:
+        nearest = squared_euclidean_cost(data.x, means).amin(-1)
+        (left,) = options.ranks.sum([(data.mass * nearest).sum(-1)])
+        total = variance.sum((-2, -1))
+        share = (left / torch.where(total == 0, 1.0, total)).clamp(_LEAST_SHARE, 1.0)
+        variance = share[..., None, None] * variance
+    variance = variance + data.floor
+    if options.covariance_type == "spherical":
         covariances = variance.mean(-1).expand(*batch, count)
-    elif covariance_type == "tied":
+    elif options.covariance_type == "tied":
         covariances = torch.diag_embed(variance.squeeze(-2))
     else:
         covariances = variance.expand_as(means)
@@ -124,8 +138,7 @@ def _joint_mass(masses: Sequence[Tensor]) -> Tensor:
 def _draw(x: Tensor, mass: Tensor, count: int, options: FitOptions) -> Tensor:
     """Return the indices `(*batch, count)` of samples to start from.
 
-    "kmeans++" draws each with probability proportional to its weight times its squared distance to
-    the nearest one drawn before; "random" draws without replacement while there are samples left.
+    "random" draws without replacement while there are samples left; for "kmeans++" see `_draw_far`.
     The draw is by the samples' order along a random direction, so that it does not depend on the
     order of the batch.
     """
@@ -133,7 +146,7 @@ def _draw(x: Tensor, mass: Tensor, count: int, options: FitOptions) -> Tensor:
         return torch.zeros(*x.shape[:-2], count, dtype=torch.long, device=x.device)
     generator = options.generator
     with torch.no_grad():
-        direction = torch.randn(x.shape[-1], generator=generator, device=x.device).to(x.dtype)
+        direction = normal([x.shape[-1]], x, generator)
         order = (x @ direction).argsort(-1)
         x, mass = take_rows(x, order), mass.gather(-1, order)
         draw = _draw_distinct if options.init == "random" else _draw_far
@@ -141,21 +154,40 @@ def _draw(x: Tensor, mass: Tensor, count: int, options: FitOptions) -> Tensor:
 
 
 def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw by greedy k-means++.
+
+    The first sample is drawn by weight. Then candidates are drawn with probability proportional to
+    weight times squared distance to the nearest sample taken, and the one is taken that leaves the
+    least sum of these products.
+    """
     *batch, rows, dim = x.shape
-    draws = torch.rand(*batch, count, generator=generator, device=x.device).to(x.dtype).split(1, -1)
+    candidates = 2 + int(math.log(count))  # as many as scikit-learn draws
+    draws = uniform([*batch, count, candidates], x, generator).unbind(-2)
+    # Squared distances times masses are one product: |y|^2 - 2 x y + |x|^2.
+    square, ones = x.square().sum(-1, keepdim=True), x.new_ones(*batch, rows, 1)
+    left = torch.cat([-2 * x, square, ones], -1)
+    right = (mass.unsqueeze(-1) * torch.cat([x, ones, square], -1)).mT
     first = mass.cumsum(-1)
-    chance, cumulative = mass, first
-    chosen: list[Tensor] = []
-    for draw in draws:
-        row = torch.searchsorted(cumulative, draw * cumulative[..., -1:], right=True)
-        row = row.clamp_max(rows - 1)
-        chosen.append(row)
-        distance = (x - x.gather(-2, row.unsqueeze(-1).expand(*batch, 1, dim))).square().sum(-1)
-        chance = mass * distance if chance is mass else torch.minimum(chance, mass * distance)
+    row = _pick(first, draws[0][..., :1])
+    chosen, chance = [row], (take_rows(left, row) @ right).squeeze(-2)
+    for draw in draws[1:]:
+        # Equal samples are at a distance of rounding, which counts as 0.
+        chance = threshold(chance, _ROUNDING * dim, 0.0)
         cumulative = chance.cumsum(-1)
         # With fewer distinct samples than components, draw any of them.
         cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
+        row = _pick(cumulative, draw)
+        left_over = torch.minimum(chance.unsqueeze(-2), take_rows(left, row) @ right)
+        best = left_over.sum(-1).argmin(-1, keepdim=True)
+        chosen.append(row.gather(-1, best))
+        chance = left_over.gather(-2, best.unsqueeze(-1).expand(*batch, 1, rows)).squeeze(-2)
     return torch.cat(chosen, -1)
+
+
+def _pick(cumulative: Tensor, draws: Tensor) -> Tensor:
+    """Return indices drawn with probabilities whose cumulative sums, up to a factor, are given."""
+    row = torch.searchsorted(cumulative, draws * cumulative[..., -1:], right=True)
+    return row.clamp_max(cumulative.shape[-1] - 1)
 
 
 def _draw_distinct(
@@ -163,7 +195,7 @@ def _draw_distinct(
 ) -> Tensor:
     # Exponential races: the order of arrival of clocks with rates `mass` is a weighted draw
     # without replacement. Absent samples never arrive.
-    clocks = torch.rand(mass.shape, generator=generator, device=mass.device).to(mass.dtype)
+    clocks = uniform(mass.shape, mass, generator)
     order = torch.where(mass > 0, -torch.log1p(-clocks) / mass, math.inf).argsort(-1)
     there = (mass > 0).sum(-1, keepdim=True).clamp_min(1)
     turns = torch.arange(count, device=mass.device).expand(*mass.shape[:-1], count)

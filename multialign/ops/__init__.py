@@ -12,6 +12,7 @@ from multialign.ops.products import (
 )
 from multialign.ops.reference import log, logsumexp, real
 from multialign.ops.small import solve_small
+from multialign.ops.tangents import has_tangent
 
 __all__ = [
     "Backend",
@@ -20,6 +21,7 @@ __all__ = [
     "StreamedProduct",
     "choose_backend",
     "gaussian_form",
+    "has_tangent",
     "log",
     "log_matmul_reduce",
     "log_matvec",

@@ -65,10 +65,11 @@ class _Form(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        derivatives, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        # Read once: activation checkpointing does not let saved tensors be read again.
+        saved = ctx.saved_tensors
         by_x, by_y, by_p, by_q = [
             _FirstOnly.apply(derivative, x)
-            for derivative, x in zip(derivatives, inputs, strict=True)
+            for derivative, x in zip(saved[:4], saved[4:], strict=True)
         ]
         grad = grad.to(by_x.dtype)
         row, matrix = grad[:, None], grad[:, None, None]
@@ -117,7 +118,8 @@ class _FirstOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
-            "a Gaussian kernel matrix that was streamed, not held, has first derivatives only"
+            "a Gaussian kernel matrix of so many entries is streamed and has first derivatives "
+            'only; take fewer samples at once, or estimator="random_features", which has them all'
         )
 
 

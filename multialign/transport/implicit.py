@@ -67,11 +67,17 @@ def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     """
     costs, scopes, marginals, *rest = problem.flatten()
     forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
-    # torch.compile calls `forward` as if it took a context where no input has a gradient.
-    recorded = any(x.requires_grad for x in (*costs, *marginals, problem.epsilon))
-    call = _DualValue.apply if recorded and torch.is_grad_enabled() else _DualValue.forward
-    value: Tensor = call(
-        form, forbids, relaxed, scopes, len(costs), potentials, *rest, *costs, *marginals
+    value: Tensor = _apply(
+        _DualValue,
+        form,
+        forbids,
+        relaxed,
+        scopes,
+        len(costs),
+        potentials,
+        *rest,
+        *costs,
+        *marginals,
     )
     return value
 
@@ -94,8 +100,8 @@ def read_marginals(
         plan = _joined(unaries, pairs, problem).exp()
         gone = [axes_without(scope, len(everything)) for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
-    log_sum, *tables = _Marginals.apply(
-        _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
+    log_sum, *tables = _apply(
+        _Marginals, _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
     )
     # The tables are divided by the plan's sum; the gradient of the sum is part of theirs.
     total = log_sum.exp()
@@ -118,10 +124,33 @@ def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) 
     """Solve with minus the Hessian of D at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
     forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
-    solution: Tensor = _Solve.apply(
-        form, forbids, relaxed, scopes, len(costs), right, potentials, *rest, *costs, *marginals
+    solution: Tensor = _apply(
+        _Solve,
+        form,
+        forbids,
+        relaxed,
+        scopes,
+        len(costs),
+        right,
+        potentials,
+        *rest,
+        *costs,
+        *marginals,
     )
     return solution
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``.
+
+    Where no argument requires a gradient, torch.compile calls `forward` itself, and gives it a
+    context as first argument if the arguments are more than the parameters. So it is called here.
+    """
+    if torch.compiler.is_compiling():
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def _is_whole(problem: Problem, form: FormName) -> bool:

@@ -108,6 +108,18 @@ class Problem:
             epsilon=self.epsilon.detach(),
         )
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Problem:
+        """Return the same problem on a device, with results of a dtype."""
+        return replace(
+            self,
+            costs={scope: cost.to(device) for scope, cost in self.costs.items()},
+            offsets=[offset.to(device) for offset in self.offsets],
+            marginals=[marginal.to(device) for marginal in self.marginals],
+            epsilon=self.epsilon.to(device),
+            deviation=self.deviation.to(device),
+            dtype=dtype,
+        )
+
     def flatten(self) -> tuple[list[Tensor], list[int], list[Tensor], Tensor, Tensor]:
         """Return costs, their variables one after another, marginals, epsilon and deviation.
 

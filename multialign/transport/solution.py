@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +79,30 @@ class TransportSolution:
             f"TransportSolution(value={self.value}, iterations={self.iterations}, "
             f"error={self.error}, converged={self.converged})"
         )
+
+    def detach(self) -> TransportSolution:
+        """Return the same solution without gradient."""
+        return self._with(self._problem.detach(), Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> TransportSolution:
+        """Return the solution on another device or in another dtype, as :meth:`torch.Tensor.to`.
+
+        Inside it stays in float64.
+        """
+        value = self.value.to(*args, **kwargs)
+        problem = self._problem.to(value.device, value.dtype)
+        return self._with(
+            problem, lambda x: x.to(value.device, value.dtype if x.is_floating_point() else x.dtype)
+        )
+
+    def _with(self, problem: Problem, function: Callable[[Tensor], Tensor]) -> TransportSolution:
+        """Return the solution of an equal problem, with a function of each result."""
+        other = copy.copy(self)
+        other._problem, other._attached = problem, None
+        other._fixed = self._fixed.to(problem.epsilon.device)
+        for name in ("value", "iterations", "error", "converged"):
+            setattr(other, name, function(getattr(self, name)))
+        return other
 
     @property
     def potentials(self) -> list[Tensor]:

@@ -146,7 +146,7 @@ def solve_problem(
             *_solve(
                 *problem.detach().flatten(),
                 "sinkhorn" if options.method == "sinkhorn" else "newton",
-                problem.dtype == torch.float32 and _multiplies_exactly(backend),
+                problem.dtype == torch.float32,
                 tolerance,
                 options.max_iterations,
                 backend,
@@ -208,6 +208,7 @@ def _solve(
     look inside, and torch.func.vmap makes one larger batch.
     """
     problem = unflatten_problem(costs, scopes, marginals, epsilon, deviation, forbids, relaxed)
+    single = single and _multiplies_exactly(backend)
     if not len(epsilon):
         return torch.cat(problem.marginals, -1), epsilon.long(), epsilon.clone()
     if forbids:
