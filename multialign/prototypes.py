@@ -201,9 +201,12 @@ def prototype_alignment_loss(
         tensor(1.)
     """
     options = _sort_options(locals())
-    samples, counts = _check(features, weights, num_prototypes, options)
+    samples = make_samples(*check_samples(features, weights), options.fit.ranks)
+    counts = _counts(num_prototypes, len(samples.features), options.matching)
     with full_precision(samples.features[0]):
-        return _loss(_fit(samples, counts, options), options)
+        return _loss(
+            _Fit(samples, *Modalities(samples, counts, options.fit).fit_with_posterior()), options
+        )
 
 
 class PrototypeAlignmentLoss(MomentumModule):
@@ -357,14 +360,15 @@ class PrototypeAlignmentLoss(MomentumModule):
     def _fit(self, features: object, weights: object) -> tuple[_Fit, _Options]:
         """Return the samples with their mixtures, and the options as they are now."""
         options, momentum = _sort_options(vars(self)), check_momentum(self.momentum)
-        samples, counts = _check(features, weights, self.num_prototypes, options)
+        samples = make_samples(*check_samples(features, weights), options.fit.ranks)
+        counts = _counts(self.num_prototypes, len(samples.features), options.matching)
         check_size("features", "num_modalities", self.num_modalities, len(counts))
         check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
         with full_precision(samples.features[0]):
-            if momentum is None:
-                return _fit(samples, counts, options), options
-            models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
             modalities = Modalities(samples, counts, options.fit)
+            if momentum is None:
+                return _Fit(samples, *modalities.fit_with_posterior()), options
+            models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
             mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
             return _Fit(samples, mixtures, modalities.posterior_moments(mixtures)), options
 
@@ -379,14 +383,6 @@ def _sort_options(arguments: Mapping[str, Any]) -> _Options:
     return pick(_Options, fit=pick(FitOptions), solver=pick(SolverOptions))
 
 
-def _check(
-    features: object, weights: object, num_prototypes: object, options: _Options
-) -> tuple[Samples, list[int]]:
-    """Return the samples, and K of each modality."""
-    samples = make_samples(*check_samples(features, weights), options.fit.ranks)
-    return samples, _counts(num_prototypes, len(samples.features), options.matching)
-
-
 class _Fit(NamedTuple):
     """Samples of M modalities and a mixture for each."""
 
@@ -394,11 +390,6 @@ class _Fit(NamedTuple):
     mixtures: list[GaussianMixture]
     moments: Sequence[tuple[Tensor, Tensor, Tensor]]
     """Posterior moments of the samples under the mixtures: weights, means and scatters."""
-
-
-def _fit(samples: Samples, counts: Sequence[int], options: _Options) -> _Fit:
-    """Fit a mixture to each modality."""
-    return _Fit(samples, *Modalities(samples, counts, options.fit).fit_with_posterior())
 
 
 def _loss(fit: _Fit, options: _Options) -> Tensor:
@@ -473,7 +464,9 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
         targets = torch.stack([mixtures[j].means for _, j in group]).double()
         if options.matching == "plan" and solution is not None:
             plans = [solution.pairwise_marginal(i, j) for i, j in group]
-            targets = _barycentres(torch.stack(plans).double(), targets)
+            plan = torch.stack(plans).double()
+            mass = plan.sum(-1, keepdim=True)
+            targets = (plan / torch.where(mass == 0, 1.0, mass)) @ targets
         distances = (means - targets).square().sum(-1)
         term = torch.addcmul(scatters, weights, distances).sum(-1)
         if not samples.complete:
@@ -482,12 +475,6 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
         terms.append(term.sum(0))
     total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
     return _reduce(total, fit, options).to(samples.features[0].dtype)
-
-
-def _barycentres(plan: Tensor, means: Tensor) -> Tensor:
-    """Return the mean that the plan `(*batch, K_i, K_j)` sends each component to."""
-    mass = plan.sum(-1, keepdim=True)
-    return (plan / torch.where(mass == 0, 1.0, mass)) @ means
 
 
 def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:
