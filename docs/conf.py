@@ -119,6 +119,7 @@ GALLERY = (
     "plot_bandwidth.py",
     "plot_prototypes.py",
     "plot_three_marginals.py",
+    "plot_unbalanced.py",
     "plot_barycentre.py",
     "plot_chain.py",
     "plot_gradient_flow.py",
