@@ -21,8 +21,8 @@ from multialign import MultiMarginalSinkhornLoss
 # %%
 # Two sensors
 # -----------
-# Both record handwritten digits, different samples each, in 16 common dimensions. The first sees the
-# digits 0 to 3, a quarter each. The second never sees a 3.
+# Both record handwritten digits, different samples each, in 16 common dimensions. The first sees
+# the digits 0 to 3, a quarter each. The second never sees a 3.
 
 digits, classes = load_digits(return_X_y=True)
 features = torch.from_numpy(PCA(16, random_state=0).fit_transform(digits)).float()
@@ -43,8 +43,8 @@ clouds = [features[first], features[second]]
 # Where the mass goes
 # -------------------
 # Each row is a digit of the first sensor, each column one of the second. With fixed marginals a
-# quarter of all mass, that of the 3, has to go to other digits. The smaller :math:`\rho`, the more of
-# it is left behind. That has a price: samples far from their own class lose mass too.
+# quarter of all mass, that of the 3, has to go to other digits. The smaller :math:`\rho`, the more
+# of it is left behind. That has a price: samples far from their own class lose mass too.
 
 LEVELS = (None, 100.0, 30.0, 15.0, 5.0)
 

@@ -75,6 +75,7 @@ def test_a_cloud_is_at_distance_0_from_itself(dtype):
 @pytest.mark.parametrize("case", ["duplicates", "fewer than K", "equal", "one", "tiny", "offset"])
 @pytest.mark.parametrize("kind", ["diag", "full", "tied", "spherical"])
 @every_dtype
+@pytest.mark.filterwarnings("ignore:. distinct samples for")
 def test_a_mixture_of_few_distinct_points_is_finite(case, kind, dtype):
     x = {
         "duplicates": torch.tensor([0.0] * 25 + [1.0, 2.0, 3.0, 4.0, 5.0])[:, None],

@@ -181,8 +181,9 @@ def test_the_mean_over_no_problems_is_nan(loss):
 
 
 @pytest.mark.parametrize("method", ["newton", "sinkhorn"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_non_finite_input_ends_at_once(method, bad):
+    """A cost of infinity forbids its pair instead: test_transport_extreme.py."""
     costs = {(0, 1): torch.rand(4, 5), (1, 2): torch.rand(5, 3)}
     costs[(0, 1)][1, 2] = bad
     marginals = [torch.ones(n) for n in (4, 5, 3)]

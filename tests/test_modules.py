@@ -421,7 +421,7 @@ OPTIONS = {
     "init": ("random", "other"),
     "marginal_relaxation": (1.0, -1.0),
     "matching": ("plan", "other"),
-    "max_iterations": (2, 0),
+    "max_iterations": (1, 0),
     "method": ("sinkhorn", "other"),
     "moments": (("mean",), ("other",)),
     "momentum": (None, 2.0),

@@ -277,7 +277,7 @@ def test_deterministic_algorithms(name):
         results = []
         for _ in range(2):
             torch.manual_seed(0)
-            value = MODULES[name].make()(features)
+            value = MODULES[name].sized(features).make()(features)
             results.append((value, *torch.autograd.grad(value, features)))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -288,10 +288,10 @@ def test_deterministic_algorithms(name):
 def test_inference_mode(name):
     features = clusters([6, 6])
     torch.manual_seed(0)
-    expected = MODULES[name].make()(features)
+    expected = MODULES[name].sized(features).make()(features)
     with torch.inference_mode():
         torch.manual_seed(0)
-        assert torch.equal(MODULES[name].make()(features), expected)
+        assert torch.equal(MODULES[name].sized(features).make()(features), expected)
         assert torch.is_inference_mode_enabled()
 
 

@@ -103,7 +103,9 @@ def _potentials(
     problem = unflatten_problem(costs, scopes, marginals, epsilon, epsilon, True, ())
     found = []
     for scope, cost in problem.costs.items():
-        extreme = cost.abs().flatten(1).amax(1) > _LARGEST_COST * epsilon
+        largest = cost.abs().flatten(1).amax(1)
+        # What is not finite here has no potentials: NaN, and minus infinity.
+        extreme = (largest > _LARGEST_COST * epsilon) & largest.isfinite()
         own = [marginals[p] for p in scope]
         found += [
             extreme.double(),
