@@ -96,10 +96,8 @@ def _assert_compiles_alike(module, compiled, features, weights, **tolerance):
 )
 def test_compiles_without_a_break(name, dtype):
     torch.compiler.reset()  # numbers that differ from an earlier entry's would become symbols
-    module = MODULES[name].make()
     features, weights = _inputs(6, dtype)
-    if name == "prototypes momentum":
-        module(features, weights)  # the running mixtures get their shapes from the first batch
+    module = MODULES[name].sized(features).make()
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     tolerance = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float64 else {}
     if dtype != torch.float64:  # float32 inside; gradients in the dtype of the features
