@@ -9,7 +9,6 @@ from tests.hostile_transport import draw_problem, solve
 
 
 @pytest.mark.parametrize(("check", "name"), JOBS)
-@pytest.mark.filterwarnings("ignore:the bandwidth is so small")
 @settings(max_examples=6)
 @given(recipe=recipes)
 def test_law(check, name, recipe):
