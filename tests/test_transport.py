@@ -628,7 +628,7 @@ def test_unfinished_warns_once_and_says_so(method):
     assert (found.abs().sum(-1) <= solution.error + 1e-12).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])  # infinity forbids a pair
 @pytest.mark.parametrize("method", ["newton", "sinkhorn"])
 def test_non_finite_input_gives_a_non_finite_result(value, method):
     costs, marginals = problem((4, 5, 6), batch=(2,))
