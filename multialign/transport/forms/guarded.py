@@ -48,7 +48,8 @@ class ExponentRange:
 
     def check(self, largest: Tensor, total: Tensor) -> None:
         """Raise unless tables are multiplied by at most `largest` `(B,)` in a plan of this sum."""
-        if not bool(((largest <= self._trusted * total) & (total < math.inf)).all()):
+        holds = (largest <= self._trusted * total) & (total > 0) & (total < math.inf)
+        if not bool(holds.all()):
             raise RangeError
 
 
