@@ -59,13 +59,14 @@ def make_problem(
     normalised, absent = _normalise(given)
     flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
     groups, flat_epsilon = _mask_absent(flat_costs, absent), flat(epsilon, 0)
-    masked = {
-        scope: cost
-        for group in groups
-        for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
-    }
     forbidden: Mapping[Scope, Tensor] = {}
     extreme = is_extreme([group.costs for group in groups], flat_epsilon)
+    if extreme or relaxed:
+        masked = {
+            scope: cost
+            for group in groups
+            for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
+        }
     if extreme:
         centred, offsets, deviation, forbidden = absorb(masked, normalised, flat_epsilon)
     else:
