@@ -1,0 +1,33 @@
+/* What every part of the core shares.
+ *
+ * The core is one translation unit, core.c, compiled once for each instruction set. An exported
+ * function has the set in its name, and library.py takes those that the machine can run.
+ */
+#ifndef MULTIALIGN_CORE_H
+#define MULTIALIGN_CORE_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef MULTIALIGN_SET
+#define MULTIALIGN_SET baseline
+#endif
+#define MULTIALIGN_JOIN_(name, set) multialign_##name##_##set
+#define MULTIALIGN_JOIN(name, set) MULTIALIGN_JOIN_(name, set)
+
+#ifdef _WIN32
+#define EXPORTED(name) __declspec(dllexport) MULTIALIGN_JOIN(name, MULTIALIGN_SET)
+#else
+#define EXPORTED(name) __attribute__((visibility("default"))) MULTIALIGN_JOIN(name, MULTIALIGN_SET)
+#endif
+
+/* A loop whose iterations do not depend on each other, or only by sums, whose order is free. */
+#define PRAGMA(text) _Pragma(#text)
+#define SIMD PRAGMA(omp simd)
+#define SIMD_SUM(total) PRAGMA(omp simd reduction(+ : total))
+#define SIMD_MAX(largest) PRAGMA(omp simd reduction(max : largest))
+
+#endif
