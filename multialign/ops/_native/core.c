@@ -3,7 +3,7 @@
 #include "exp.h"
 
 /* exp of n numbers, for the tests. */
-void EXPORTED(exp)(const double *x, double *out, int64_t n)
+EXPORTED(void, exp)(const double *x, double *out, int64_t n)
 {
     SIMD for (int64_t i = 0; i < n; i++) out[i] = exp_of(x[i]);
 }

@@ -19,9 +19,10 @@
 #define MULTIALIGN_JOIN(name, set) MULTIALIGN_JOIN_(name, set)
 
 #ifdef _WIN32
-#define EXPORTED(name) __declspec(dllexport) MULTIALIGN_JOIN(name, MULTIALIGN_SET)
+#define EXPORTED(type, name) __declspec(dllexport) type MULTIALIGN_JOIN(name, MULTIALIGN_SET)
 #else
-#define EXPORTED(name) __attribute__((visibility("default"))) MULTIALIGN_JOIN(name, MULTIALIGN_SET)
+#define EXPORTED(type, name)                                                                       \
+    __attribute__((visibility("default"))) type MULTIALIGN_JOIN(name, MULTIALIGN_SET)
 #endif
 
 /* A loop whose iterations do not depend on each other, or only by sums, whose order is free. */

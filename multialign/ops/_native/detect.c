@@ -5,9 +5,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 #endif
 
-const char *EXPORTED multialign_instruction_set(void);
-
-const char *EXPORTED multialign_instruction_set(void)
+EXPORTED const char *multialign_instruction_set(void)
 {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
