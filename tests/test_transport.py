@@ -797,7 +797,7 @@ def test_errors(monkeypatch):
         ),
         (
             ValueError,
-            "backend must be one of 'auto', 'torch', 'triton'; got 'keops'",
+            "backend must be one of 'auto', 'torch', 'native', 'triton'; got 'keops'",
             costs,
             marginals,
             {"backend": "keops"},

@@ -145,7 +145,9 @@ def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
     monkeypatch.setattr(copies.Copies, "__init__", lambda *a: made.append(1) or create(*a))
     clouds = [torch.randn(5, 2) + m for m in range(count)]
     epsilon, edges = 0.7, list(combinations(range(count), 2))
-    loss = multi_marginal_sinkhorn_loss(clouds, epsilon=epsilon, tolerance=1e-10)
+    loss = multi_marginal_sinkhorn_loss(
+        clouds, epsilon=epsilon, tolerance=1e-10, backend="torch"
+    )
     assert made
 
     def value(points):
@@ -183,6 +185,8 @@ def test_conjugate_gradients_that_were_slow_are_not_tried_again(monkeypatch):
     )
     x = torch.randn(3, 20, 3)
     costs = {(i, j): torch.cdist(x[i], x[j]).square() for i, j in [(0, 1), (0, 2), (1, 2)]}
-    solution = multi_marginal_sinkhorn(costs, [torch.ones(20)] * 3, 0.05, tolerance=1e-9)
+    solution = multi_marginal_sinkhorn(
+        costs, [torch.ones(20)] * 3, 0.05, tolerance=1e-9, backend="torch"
+    )
     assert solution.converged
     assert len(tries) == 1 < solution.iterations

@@ -46,6 +46,7 @@ def _is_old(found: str) -> bool:
 
 # Read once, without importing triton.
 _VERSION = _triton_version()
+_HAS_CORE = instruction_set() is not None
 
 
 def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
@@ -63,7 +64,7 @@ def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     if backend == "torch":
         return "torch"
     if backend in ("auto", "native") and tensor.device.type == "cpu":
-        if instruction_set() is not None:
+        if _HAS_CORE:
             return "native"
         if backend == "auto":
             return "torch"

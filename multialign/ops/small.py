@@ -48,6 +48,7 @@ def solve_small(
     *,
     rho: Mapping[int, Tensor] | None = None,
     by_sweeps: bool = False,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """Find the potentials of a batch of problems of few atoms each.
 
@@ -62,6 +63,7 @@ def solve_small(
         backend: The implementation.
         rho: Weights `(B,)` of the penalties, by variable; marginals are then taken as given.
         by_sweeps: Whether to sweep, without Newton steps.
+        symmetric: As in `solve_whole`; only the compiled core heeds it.
 
     Returns:
         Potentials `(B, S)` in units of epsilon, float64, and iterations `(B,)`; or None if nothing
@@ -87,6 +89,7 @@ def solve_small(
             tolerance=tolerance,
             max_iterations=max_iterations,
             by_sweeps=by_sweeps,
+            symmetric=symmetric,
             rho={p: one.contiguous() for p, one in (rho or {}).items()},
             prepared=True,
         )
@@ -121,6 +124,7 @@ def solve_whole(
     max_iterations: int,
     *,
     by_sweeps: bool = False,
+    symmetric: bool = False,
     candidate: Tensor | None = None,
 ) -> Solved | None:
     """Solve a batch of problems as a user gives them; None if one of them is left.
@@ -132,6 +136,8 @@ def solve_whole(
         tolerance: L1 error at which a problem is solved.
         max_iterations: Most iterations of one problem.
         by_sweeps: Whether to sweep, without Newton steps.
+        symmetric: Whether variables of equal marginals get the same potential; costs are then those
+            of one table, which is symmetric, for all pairs.
         candidate: Potentials `(B, S)` in cost units, taken where the dual is larger there.
     """
     count = epsilon.numel()
@@ -164,6 +170,7 @@ def solve_whole(
         tolerance=tolerance,
         max_iterations=max_iterations,
         by_sweeps=by_sweeps,
+        symmetric=symmetric,
         candidate=candidate,
     )
     if status.any() and bool(((status != 0) & (solved.error.isfinite() | (status == 2))).any()):

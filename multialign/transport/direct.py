@@ -31,6 +31,7 @@ def solve_directly(
     arguments: Arguments,
     options: SolverOptions,
     dtype: torch.dtype,
+    symmetric: bool = False,
     candidate: Sequence[Tensor] | None = None,
 ) -> TransportSolution | None:
     """Solve a problem; None if the core does not take it, or leaves a part of it unsolved.
@@ -39,6 +40,8 @@ def solve_directly(
         arguments: The problem, checked.
         options: How to solve it.
         dtype: The dtype of the results.
+        symmetric: Whether all variables have the same symmetric cost with each other. Where they
+            have the same marginal too, they get the same potential.
         candidate: Potentials `(*batch, K_p)` in cost units, taken where the dual is larger there.
     """
     costs, marginals, epsilon, batch, rho = arguments
@@ -73,6 +76,7 @@ def solve_directly(
         tolerance,
         options.max_iterations,
         by_sweeps=options.method == "sinkhorn",
+        symmetric=symmetric,
         candidate=None if candidate is None else candidate[0],
     )
     if solved is None:
@@ -100,12 +104,13 @@ class _DirectSolution(TransportSolution):
 
     @cached_property
     def _problem(self) -> Problem:  # type: ignore[override]
-        return prepare(self._arguments, self._dtype)
+        # Whoever reads it first, it is kept for a reading with gradient.
+        with torch.inference_mode(False), torch.enable_grad():
+            return prepare(self._arguments, self._dtype)
 
     @property
     def _inputs(self) -> list[Tensor]:
-        costs, marginals, epsilon, *_ = self._arguments
-        return [*costs.values(), *marginals, epsilon]
+        return self._arguments.tensors()
 
     @property
     def _results(self) -> list[Tensor]:
@@ -200,16 +205,14 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given: _Given = ctx.given
         potentials, _, value, cost, by_marginals, pairs, arguments = given.split(ctx.saved_tensors)
-        inputs = [*arguments.costs.values(), *arguments.marginals, arguments.epsilon]
+        inputs = arguments.tensors()
         if torch.is_grad_enabled():
-            solution = _read_again(arguments, potentials)
-            wanted = [x for x in inputs if x.requires_grad]
-            found = iter(
-                torch.autograd.grad(
-                    solution.value, wanted, grad.double(), create_graph=True, allow_unused=True
-                )
-            )
-            grads = [next(found) if x.requires_grad else None for x in inputs]
+            # One tensor may stand in several places.
+            alias = arguments.map(lambda x: x.view_as(x))
+            value = _read_again(alias, potentials).value
+            recorded = [x for x in alias.tensors() if x.requires_grad]
+            found = iter(torch.autograd.grad(value, recorded, grad.double(), create_graph=True))
+            grads = [next(found) if x.requires_grad else None for x in alias.tensors()]
             return (None, None, *[None] * (5 + len(pairs)), *grads)
         weight = grad.double().reshape(-1, 1)
         sizes = [marginal.shape[-1] for marginal in arguments.marginals]
@@ -237,7 +240,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given: _Given = ctx.given
         potentials, offsets, _, _, _, pairs, arguments = given.split(ctx.saved_tensors)
-        inputs = [*arguments.costs.values(), *arguments.marginals, arguments.epsilon]
+        inputs = arguments.tensors()
         with torch.no_grad():
             by_cost, *by_pairs = [None if g is None else g.contiguous() for g in grads]
             found = whole_gradients(
@@ -274,15 +277,12 @@ def _gradients_again(
     arguments: Arguments, potentials: Tensor, grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return gradients by all inputs where the core has left a problem."""
-    costs = {scope: cost.detach().requires_grad_() for scope, cost in arguments.costs.items()}
-    marginals = [nu.detach().requires_grad_() for nu in arguments.marginals]
-    epsilon = arguments.epsilon.detach().requires_grad_()
-    again = arguments._replace(costs=costs, marginals=marginals, epsilon=epsilon)
+    again = arguments.map(lambda x: x.detach().requires_grad_())
     solution = _read_again(again, potentials)
-    places = combinations(range(len(marginals)), 2)
+    places = combinations(range(len(again.marginals)), 2)
     results = [solution.transport_cost, *[solution.pairwise_marginal(i, j) for i, j in places]]
     pairs = [(x, g.view_as(x)) for x, g in zip(results, grads, strict=True) if g is not None]
-    inputs = [*costs.values(), *marginals, epsilon]
+    inputs = again.tensors()
     outputs, weights = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]

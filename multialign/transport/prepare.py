@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -35,6 +35,18 @@ class Arguments(NamedTuple):
     """To which the batch dimensions of all broadcast."""
     rho: list[float | None]
     """The weight of the penalty on each marginal, None for a hard constraint."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return costs, marginals and epsilon."""
+        return [*self.costs.values(), *self.marginals, self.epsilon]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
+        """Return the same arguments with a function of each tensor."""
+        return self._replace(
+            costs={scope: function(cost) for scope, cost in self.costs.items()},
+            marginals=[function(marginal) for marginal in self.marginals],
+            epsilon=function(self.epsilon),
+        )
 
 
 def check_arguments(
@@ -84,7 +96,9 @@ def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
     given = [flat(weight, 1) for weight in weights]
     normalised, absent = _normalise(given)
     flat_costs = {scope: flat(table, len(scope)) for scope, table in tables.items()}
-    groups, flat_epsilon = _mask_absent(flat_costs, absent), flat(epsilon, 0)
+    groups = _mask_absent(flat_costs, absent)
+    # Whether it is positive is not read here, which would synchronise; the result shows it.
+    flat_epsilon = flat(torch.where(epsilon > 0, epsilon, math.nan), 0)
     forbidden: Mapping[Scope, Tensor] = {}
     extreme = is_extreme([group.costs for group in groups], flat_epsilon)
     if extreme or relaxed:
@@ -211,8 +225,7 @@ def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
     check_tensor("epsilon", epsilon, "(*batch)", 0)
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on the marginals' device {device}; got {epsilon.device}")
-    # Whether it is positive is not read here, which would synchronise; the result shows it.
-    return torch.where(epsilon > 0, epsilon, math.nan)
+    return epsilon.double()
 
 
 def _common_batch(

@@ -138,10 +138,12 @@ def solve(
     """
     if dtype is None:
         dtype = arguments.marginals[0].dtype
+    found = solve_directly(
+        arguments, options, dtype, symmetric=symmetric, candidate=candidate
+    )
+    if found is not None:
+        return found
     with full_precision(arguments.epsilon):
-        found = solve_directly(arguments, options, dtype, candidate)
-        if found is not None:
-            return found
         return solve_problem(
             prepare(arguments, dtype), options, symmetric=symmetric, candidate=candidate
         )
@@ -245,7 +247,9 @@ def _solve(
     with torch.inference_mode():
         iterate = None
         if form == "auto":
-            iterate = _solve_at_once(problem, method, tolerance, max_iterations, single, backend)
+            iterate = _solve_at_once(
+                problem, method, tolerance, max_iterations, single, backend, symmetric
+            )
         if iterate is None:
             backend = "torch" if backend == "native" else backend
             if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
@@ -310,6 +314,7 @@ def _solve_at_once(
     max_iterations: int,
     single: bool,
     backend: Implementation,
+    symmetric: bool,
 ) -> Iterate | None:
     """Solve small problems in one call; None where nothing can, or where one is left unsolved."""
     ordinary = method == "newton" and not problem.forbidden and not problem.relaxed
@@ -333,6 +338,7 @@ def _solve_at_once(
         backend,
         rho=rho,
         by_sweeps=method != "newton",
+        symmetric=symmetric,
     )
     if found is None:
         return None

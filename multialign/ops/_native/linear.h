@@ -70,31 +70,51 @@ static void multiply(int rows, int inner, int columns, const double *restrict a,
         }
 }
 
+/* a[r][l] -= sum over k < inner of u[k][i + r] u[k][j + l], for 4 rows and 2 LANES columns. */
+static inline void subtract_tile(double *a, int n, const double *u, int inner,
+                                 int i, int j, int columns)
+{
+    double s[4][2 * LANES] = {{0}};
+    for (int k = 0; k < inner; k++) {
+        const double *restrict row = u + (size_t)k * n;
+        const double f0 = row[i], f1 = row[i + 1], f2 = row[i + 2], f3 = row[i + 3];
+        SIMD for (int l = 0; l < 2 * LANES; l++)
+        {
+            s[0][l] += f0 * row[j + l];
+            s[1][l] += f1 * row[j + l];
+            s[2][l] += f2 * row[j + l];
+            s[3][l] += f3 * row[j + l];
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        SIMD for (int l = 0; l < columns; l++) a[(size_t)(i + r) * n + j + l] -= s[r][l];
+}
+
 /* The upper factor U of a = U^T U, in place of the upper triangle of a, n x n; 0 if there is none.
  *
- * n is a multiple of LANES. The first `diagonal` rows and columns are those of a diagonal matrix.
+ * n is a multiple of LANES, and a has LANES doubles more behind it. The first `diagonal` rows and
+ * columns, a multiple of LANES, are those of a diagonal matrix.
  */
 static int factor(double *restrict a, int n, int diagonal)
 {
-    for (int i = 0; i < n; i++) {
-        double *restrict row = a + (size_t)i * n;
-        const int start = i / LANES * LANES;
-        int k = i < diagonal ? i : 0;
-        for (; k + 4 <= i; k += 4) {
-            const double *restrict u0 = a + (size_t)k * n, *restrict u1 = u0 + n,
-                         *restrict u2 = u1 + n, *restrict u3 = u2 + n;
-            const double f0 = u0[i], f1 = u1[i], f2 = u2[i], f3 = u3[i];
-            SIMD for (int j = start; j < n; j++)
-                row[j] -= f0 * u0[j] + f1 * u1[j] + f2 * u2[j] + f3 * u3[j];
+    for (int i = 0; i < n; i += LANES) {
+        if (i >= diagonal)
+            for (int j = i; j < n; j += 2 * LANES) {
+                const int columns = n - j < 2 * LANES ? LANES : 2 * LANES;
+                subtract_tile(a, n, a, i, i, j, columns);
+                subtract_tile(a, n, a, i, i + 4, j, columns);
+            }
+        for (int r = i; r < i + LANES; r++) {
+            double *restrict row = a + (size_t)r * n;
+            for (int k = i; k < r; k++) {
+                const double *restrict u = a + (size_t)k * n;
+                const double f = u[r];
+                SIMD for (int j = i; j < n; j++) row[j] -= f * u[j];
+            }
+            if (!(row[r] > 0) || !(row[r] < INFINITY)) return 0;
+            const double scale = 1 / sqrt(row[r]);
+            SIMD for (int j = i; j < n; j++) row[j] *= scale;
         }
-        for (; k < i; k++) {
-            const double *restrict u = a + (size_t)k * n;
-            const double f = u[i];
-            SIMD for (int j = start; j < n; j++) row[j] -= f * u[j];
-        }
-        if (!(row[i] > 0) || !(row[i] < INFINITY)) return 0;
-        const double scale = 1 / sqrt(row[i]);
-        SIMD for (int j = start; j < n; j++) row[j] *= scale;
     }
     return 1;
 }

@@ -47,7 +47,7 @@ static int make_solver(Solver *solver, Plan *plan, Arena *arena)
     solver->origin = take(arena, span);
     solver->fresh = take(arena, span);
     solver->right = take(arena, span);
-    solver->matrix = take(arena, (size_t)span * span);
+    solver->matrix = take(arena, (size_t)span * span + LANES);
     return solver->matrix != NULL;
 }
 
@@ -93,10 +93,9 @@ static void fill_hessian(Solver *solver, double damping)
             double *restrict row = solver->matrix + (size_t)(first + i) * n;
             const double own = i < problem->size[p] ? inverse[first + i] : 0;
             if (fills && own > 0) {
-                for (int j = i; j < problem->stride[p]; j++) {
-                    const double other = inverse[first + j];
-                    row[first + j] = other > 0 ? 1 / (own * other) : 0;
-                }
+                const double root = problem->root[first + i];
+                const double *restrict roots = problem->root + first;
+                SIMD for (int j = 0; j < problem->stride[p]; j++) row[first + j] = root * roots[j];
             } else {
                 memset(row + first, 0, problem->stride[p] * sizeof(double));
             }

@@ -203,7 +203,8 @@ static void read_singles(Plan *plan)
 static void divide_table(const Problem *problem, int p, int q, double *table, double total)
 {
     const size_t entries = table_size(problem, p, q);
-    SIMD for (size_t n = 0; n < entries; n++) table[n] /= total;
+    const double share = 1 / total;
+    SIMD for (size_t n = 0; n < entries; n++) table[n] *= share;
 }
 
 /* Divide all marginals of two variables by Z. */
@@ -304,7 +305,8 @@ static int evaluate_dense(Plan *plan, const double *x, double epsilon)
     SIMD for (size_t n = 0; n < entries; n++) entry[n] = exp_of(entry[n] - top);
     const double total = sum_pairs(plan);
     plan->log_total = log(total) + top;
-    SIMD for (size_t n = 0; n < entries; n++) entry[n] /= total;
+    const double share = 1 / total;
+    SIMD for (size_t n = 0; n < entries; n++) entry[n] *= share;
     divide_pairs(plan, total);
     read_singles(plan);
     return 1;

@@ -18,7 +18,7 @@ typedef struct {
     int stride[MAX_VARIABLES];     /* the same, padded */
     int first[MAX_VARIABLES + 1];  /* where each block begins; at the end the length of all */
     double *nu;                    /* the marginals */
-    double *inverse_root;          /* 1 / sqrt(nu), 0 in padding */
+    double *root, *inverse_root;   /* sqrt(nu) and 1 / sqrt(nu), 0 in padding */
     double *cost[MAX_PAIRS];       /* by pair_of; NULL where no cost acts; infinite in padding */
     double *full;                  /* or a table over all variables, the last one padded */
     double epsilon;

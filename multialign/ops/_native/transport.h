@@ -19,6 +19,7 @@ typedef struct {
     int64_t single;
     int64_t prepared;  /* marginals are normalised and costs centred; infinity forbids */
     int64_t by_sweeps; /* plain sweeps, no Newton steps */
+    int64_t symmetric; /* one symmetric table is the cost of every pair */
     int64_t max_iterations;
     double tolerance;
     /* Results; those that are not wanted are NULL. */
@@ -107,9 +108,11 @@ static int load_marginals(Loaded *loaded, const Call *call, size_t b)
     }
     const int span = problem->first[problem->count];
     problem->nu = take(&loaded->arena, span);
+    problem->root = take(&loaded->arena, span);
     problem->inverse_root = take(&loaded->arena, span);
     loaded->offset = take(&loaded->arena, span);
     memset(problem->nu, 0, span * sizeof(double));
+    memset(problem->root, 0, span * sizeof(double));
     memset(problem->inverse_root, 0, span * sizeof(double));
     memset(loaded->offset, 0, span * sizeof(double));
     for (int p = 0; p < problem->count; p++) {
@@ -122,7 +125,8 @@ static int load_marginals(Loaded *loaded, const Call *call, size_t b)
                                     : read_number(call->marginal[p], call->single, from) / total;
             const int n = problem->first[p] + k;
             problem->nu[n] = mass;
-            problem->inverse_root[n] = 1 / sqrt(mass);
+            problem->root[n] = sqrt(mass);
+            problem->inverse_root[n] = 1 / problem->root[n];
             problem->least = fmin(problem->least, mass);
         }
     }
@@ -476,6 +480,30 @@ static void write_solution(Loaded *loaded, const Call *call, size_t b, Solver *s
     }
 }
 
+/* Whether all variables have the same marginal. */
+static int has_copies(const Problem *problem)
+{
+    const size_t block = problem->stride[0] * sizeof(double);
+    for (int p = 1; p < problem->count; p++)
+        if (problem->size[p] != problem->size[0]
+            || memcmp(problem->nu, problem->nu + problem->first[p], block) != 0)
+            return 0;
+    return 1;
+}
+
+/* Give copies of a variable the mean of their potentials, whose dual is as large at least, since it
+ * is concave. */
+static int average(Solver *solver, double *x)
+{
+    const Problem *problem = solver->problem;
+    for (int k = 0; k < problem->size[0]; k++) {
+        double mean = 0;
+        for (int p = 0; p < problem->count; p++) mean += x[problem->first[p] + k] / problem->count;
+        for (int p = 0; p < problem->count; p++) x[problem->first[p] + k] = mean;
+    }
+    return look(solver, x, problem->epsilon);
+}
+
 /* Take the candidate's potentials where their dual is larger; 0 where there is no room. */
 static int take_candidate(const Loaded *loaded, const Call *call, size_t b, Solver *solver,
                           double *x)
@@ -489,7 +517,7 @@ static int take_candidate(const Loaded *loaded, const Call *call, size_t b, Solv
         for (int n = problem->first[p]; n < problem->first[p] + problem->size[p]; n++)
             x[n] = (x[n] - loaded->offset[n]) / problem->epsilon;
     if (!look(solver, x, problem->epsilon)) return 0;
-    if (solver->dual > dual) return 1;
+    if (solver->dual >= dual - ROUNDING * (1 + fabs(dual))) return 1;
     memcpy(x, own, solver->span * sizeof(double));
     return look(solver, x, problem->epsilon);
 }
@@ -535,7 +563,9 @@ EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
                        && make_solver(&solver, &plan, &loaded.arena);
             if (done)
                 done = (call->by_sweeps ? sinkhorn : newton)(
-                    &solver, x, call->tolerance, call->max_iterations, &call->iterations[b]);
+                    &solver, x, call->tolerance / (call->symmetric ? 2 : 1), call->max_iterations,
+                    &call->iterations[b]);
+            if (done && call->symmetric && has_copies(problem)) done = average(&solver, x);
             if (done && call->candidate) done = take_candidate(&loaded, call, b, &solver, x);
             if (done) {
                 write_solution(&loaded, call, b, &solver, x);

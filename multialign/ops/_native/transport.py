@@ -23,8 +23,8 @@ _MAX_PAIRS = _MAX_VARIABLES * (_MAX_VARIABLES - 1) // 2
 # What the core solves in less time than torch: up to this many entries of a plan that it holds, or
 # atoms of each of three marginals whose plan it does not.
 _ENTRIES = 2**15
-_TRIANGLE_ATOMS = 128
-_ATOMS = 512
+_TRIANGLE_ATOMS = 256
+_ATOMS = 768
 # A thread is worth its start from this many entries.
 _ENTRIES_PER_THREAD = 2**15
 
@@ -49,6 +49,7 @@ class _Call(ctypes.Structure):
         ("single", ctypes.c_int64),
         ("prepared", ctypes.c_int64),
         ("by_sweeps", ctypes.c_int64),
+        ("symmetric", ctypes.c_int64),
         ("max_iterations", ctypes.c_int64),
         ("tolerance", ctypes.c_double),
         ("potentials", ctypes.c_void_p),
@@ -98,6 +99,7 @@ def solve(
     tolerance: float,
     max_iterations: int,
     by_sweeps: bool,
+    symmetric: bool = False,
     rho: Mapping[int, Tensor] | None = None,
     candidate: Tensor | None = None,
     prepared: bool = False,
@@ -108,7 +110,7 @@ def solve(
     """
     call = _make_call(costs, marginals, epsilon)
     call.tolerance, call.max_iterations, call.by_sweeps = tolerance, max_iterations, by_sweeps
-    call.prepared = prepared
+    call.prepared, call.symmetric = prepared, symmetric
     for p, one in (rho or {}).items():
         call.rho[p] = one.data_ptr()
     for name, tensor in outputs.items():
