@@ -160,7 +160,9 @@ def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
 
     weights = [torch.ones(5)] * count
     made.clear()
-    weighted = multi_marginal_sinkhorn_loss(clouds, weights, epsilon=epsilon, tolerance=1e-10)
+    weighted = multi_marginal_sinkhorn_loss(
+        clouds, weights, epsilon=epsilon, tolerance=1e-10, backend="torch"
+    )
     assert made
     torch.testing.assert_close(weighted, loss)
     extra = [*clouds, torch.randn(5, 2)], [*weights, torch.zeros(5)]

@@ -80,8 +80,11 @@ def multi_marginal_sinkhorn(
         method: "sinkhorn" sweeps over the marginals; "newton", which is what "auto" takes, begins
             with sweeps as long as these pay, follows the solution down in :math:`\epsilon` by
             Newton steps, and needs few of them however small it is.
-        backend: "triton" for the CUDA kernels, "torch", or "auto": the kernels for CUDA tensors
-            where triton is installed.
+        backend: "triton" for the CUDA kernels, "native" for the compiled core (CPU tensors),
+            "torch", or "auto": the kernels for CUDA tensors where triton is installed, the core
+            for CPU tensors where it was built. The core takes small problems: up to 256 atoms of
+            each of three marginals with costs of pairs, and plans of up to 2^18 entries. Whatever
+            the core or the kernels do not take, torch does.
 
     Returns:
         The solution; batch dimensions are those of the arguments, broadcast.
@@ -90,7 +93,7 @@ def multi_marginal_sinkhorn(
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument has the wrong type, or dtypes differ.
         MemoryError: A full cost tensor of more than 2^28 entries.
-        RuntimeError: ``backend="triton"`` cannot run here.
+        RuntimeError: The named backend cannot run here.
 
     Warns:
         ConvergenceWarning: Some problem did not reach the tolerance.

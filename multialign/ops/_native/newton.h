@@ -318,22 +318,20 @@ static int look(Solver *solver, const double *x, double epsilon)
     return 1;
 }
 
-/* Solve; write potentials and iterations, and leave the plan evaluated there. 0 where this problem
- * is none for this solver. */
-static int newton(Solver *solver, double *x, double tolerance, int64_t budget, int64_t *iterations)
+/* Take steps from x at an epsilon; count them, and leave the plan evaluated where they end. 0 where
+ * this problem is none for this solver. */
+static int descend(Solver *solver, double *x, double epsilon, double tolerance, int64_t budget,
+                   int64_t *iterations)
 {
     const Problem *problem = solver->problem;
     const size_t bytes = solver->span * sizeof(double);
     const double target = problem->epsilon;
-    double epsilon = first_sweeps(solver, x, tolerance);
-    if (epsilon == 0) return 0;
     const double depth = pow(target / fmax(target, problem->deviation), LEVEL_POWER);
     const double level_error = fmin(fmax(depth, LEAST_LEVEL_ERROR), MOST_LEVEL_ERROR);
     double best = INFINITY, highest = -INFINITY;
     int stalled = 0;
     Search search;
     reset_search(&search, 1);
-    *iterations = 0;
     for (;; ++*iterations) {
         if (!look(solver, x, epsilon)) return 0;
         const double error = solver->error, dual = solver->dual;
@@ -364,6 +362,13 @@ static int newton(Solver *solver, double *x, double tolerance, int64_t budget, i
             for (int n = 0; n < solver->span; n++) x[n] += search.length * solver->direction[n];
         if (sweeps && !sweep_once(solver, x, epsilon)) return 0;
     }
+}
+
+static int newton(Solver *solver, double *x, double tolerance, int64_t budget, int64_t *iterations)
+{
+    const double epsilon = first_sweeps(solver, x, tolerance);
+    *iterations = 0;
+    return epsilon > 0 && descend(solver, x, epsilon, tolerance, budget, iterations);
 }
 
 static const double FIRST_EPSILON = 2.0, SINKHORN_LEVEL_ERROR = 1e-2;

@@ -563,9 +563,14 @@ EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
                        && make_solver(&solver, &plan, &loaded.arena);
             if (done)
                 done = (call->by_sweeps ? sinkhorn : newton)(
-                    &solver, x, call->tolerance / (call->symmetric ? 2 : 1), call->max_iterations,
-                    &call->iterations[b]);
-            if (done && call->symmetric && has_copies(problem)) done = average(&solver, x);
+                    &solver, x, call->tolerance, call->max_iterations, &call->iterations[b]);
+            if (done && call->symmetric && has_copies(problem)) {
+                done = average(&solver, x);
+                if (done && solver.error > call->tolerance && !call->by_sweeps)
+                    done = descend(&solver, x, problem->epsilon, call->tolerance,
+                                   call->max_iterations, &call->iterations[b])
+                           && average(&solver, x);
+            }
             if (done && call->candidate) done = take_candidate(&loaded, call, b, &solver, x);
             if (done) {
                 write_solution(&loaded, call, b, &solver, x);

@@ -22,9 +22,9 @@ _MAX_VARIABLES = 8
 _MAX_PAIRS = _MAX_VARIABLES * (_MAX_VARIABLES - 1) // 2
 # What the core solves in less time than torch: up to this many entries of a plan that it holds, or
 # atoms of each of three marginals whose plan it does not.
-_ENTRIES = 2**15
+_ENTRIES = 2**18
 _TRIANGLE_ATOMS = 256
-_ATOMS = 768
+_ATOMS = 1024
 # A thread is worth its start from this many entries.
 _ENTRIES_PER_THREAD = 2**15
 
