@@ -36,7 +36,7 @@ def build_editable(
         settings = {
             **(config_settings or {}),
             "wheel.cmake": "false",
-            "wheel.packages": "",
+            "wheel.packages": [],
             f"wheel.force-include.{path}": path.name,
         }
         return build_wheel(wheel_directory, settings, metadata_directory)
