@@ -44,8 +44,8 @@ native: $(BUILT) ## Build the compiled core in place, where there is a C compile
 
 native-check: $(VENV)/.installed-test $(VENV)/.installed-cmake ## Test the compiled core under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p $(CHECKED) && rm -f $(CHECKED)/report.*
-	@$(CMAKE) -S . -B $(CHECKED) -DMULTIALIGN_SANITIZE=ON > $(CHECKED)/configure.log || { cat $(CHECKED)/configure.log; exit 1; }
-	@$(CMAKE) --build $(CHECKED) > $(CHECKED)/build.log || { cat $(CHECKED)/build.log; exit 1; }
+	@$(CMAKE) -S . -B $(CHECKED) -DMULTIALIGN_SANITIZE=ON > $(CHECKED)/configure.log 2>&1 || { cat $(CHECKED)/configure.log; exit 1; }
+	@$(CMAKE) --build $(CHECKED) > $(CHECKED)/build.log 2>&1 || { cat $(CHECKED)/build.log; exit 1; }
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CHECKED)/report UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CHECKED)/report \
 	MULTIALIGN_NATIVE_LIBRARY=$(CHECKED)/core.so \
@@ -147,12 +147,12 @@ $(BUILT): $(CORE) | $(VENV)/.installed-cmake
 	@mkdir -p $(@D)
 	@rm -f multialign/ops/_native/core.so
 	@if $(CMAKE) -S . -B $(@D) > $(@D)/configure.log 2>&1; then \
-	    $(CMAKE) --build $(@D) > $(@D)/build.log || { cat $(@D)/build.log; exit 1; }; \
+	    $(CMAKE) --build $(@D) > $(@D)/build.log 2>&1 || { cat $(@D)/build.log; exit 1; }; \
+	    touch $@; \
 	elif command -v $(CC) > /dev/null; then \
 	    cat $(@D)/configure.log; exit 1; \
 	else \
 	    echo "No C compiler: the compiled core is not built, and its tests are skipped"; \
 	fi
-	@touch $@
 
 .PRECIOUS: $(VENV)/.installed-%
