@@ -93,6 +93,7 @@ docs: $(VENV)/.installed-docs $(VENV)/.installed-test $(BUILT) ## Build the docu
 dist: $(VENV)/.installed-lint
 	rm -rf dist
 	$(PY) -m build --outdir dist . > /dev/null
+	@echo "The pure wheel: what follows are the errors of a compiler that always fails"
 	CC=/bin/false $(PY) -m build --wheel --outdir dist . > /dev/null
 
 wheel: dist ## Build the wheels and use them and the sdist where only torch is installed
