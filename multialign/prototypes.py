@@ -34,9 +34,9 @@ from multialign.mixture import (
 )
 from multialign.ops import Backend
 from multialign.transport.options import Method, SolverOptions
-from multialign.transport.prepare import make_problem
+from multialign.transport.prepare import check_arguments
 from multialign.transport.solution import TransportSolution
-from multialign.transport.solver import solve_problem
+from multialign.transport.solver import solve
 
 __all__ = ["PrototypeAlignment", "PrototypeAlignmentLoss", "prototype_alignment_loss"]
 
@@ -415,7 +415,7 @@ def _solve(fit: _Fit, options: _Options) -> TransportSolution:
             weights * present.unsqueeze(-1)
             for weights, present in zip(marginals, fit.samples.present, strict=True)
         ]
-    return solve_problem(make_problem(costs, marginals, options.epsilon), options.solver)
+    return solve(check_arguments(costs, marginals, options.epsilon), options.solver)
 
 
 def _costs(fit: _Fit, pairs: Sequence[tuple[int, int]], options: _Options) -> Sequence[Tensor]:

@@ -23,10 +23,9 @@ from multialign._validation import (
 from multialign.costs import squared_euclidean_cost
 from multialign.ops import Backend
 from multialign.transport.options import Method, SolverOptions, default_tolerance
-from multialign.transport.prepare import make_problem
-from multialign.transport.problem import Problem
+from multialign.transport.prepare import Arguments, check_arguments
 from multialign.transport.solution import TransportSolution
-from multialign.transport.solver import solve_problem
+from multialign.transport.solver import solve
 
 __all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
 
@@ -124,11 +123,11 @@ def multi_marginal_sinkhorn_loss(
 
     with full_precision(samples.features[0]):
         # In float64 throughout: the divergence is a small difference of large values.
-        problem = _joint_problem(samples, edges, epsilon, cost, marginal_relaxation, torch.float64)
+        joint = _joint_problem(samples, edges, epsilon, cost, marginal_relaxation)
         if not debias:
-            return solve_problem(problem, options).value.mean().to(dtype)
-        selves, potentials = _self_terms(samples, edges, problem.epsilon, cost, options)
-        solution = solve_problem(problem, options, candidate=potentials)
+            return solve(joint, options, dtype=torch.float64).value.mean().to(dtype)
+        selves, potentials = _self_terms(samples, edges, joint.epsilon, cost, options)
+        solution = solve(joint, options, dtype=torch.float64, candidate=potentials)
         return (solution.value - selves).mean().to(dtype)
 
 
@@ -228,10 +227,10 @@ class MultiMarginalSinkhornLoss(nn.Module):
         edges = _edges(self.graph, len(samples.features))
         with full_precision(samples.features[0]):
             dtype = samples.features[0].dtype
-            problem = _joint_problem(
-                samples, edges, self.epsilon, self.cost, self.marginal_relaxation, dtype
+            joint = _joint_problem(
+                samples, edges, self.epsilon, self.cost, self.marginal_relaxation
             )
-            return solve_problem(problem, self._solver_options())
+            return solve(joint, self._solver_options(), dtype=dtype)
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""
@@ -282,8 +281,7 @@ def _joint_problem(
     epsilon: float | None,
     cost: Cost,
     relaxation: Relaxation,
-    dtype: torch.dtype,
-) -> Problem:
+) -> Arguments:
     """Return the transport problem between the clouds."""
     points = [x.double() for x in samples.features]
     for i, j in edges:
@@ -296,7 +294,7 @@ def _joint_problem(
     level = _epsilon(epsilon, samples, costs)
     if relaxation is not None:
         costs = _relative_to_product(costs, masses, level)
-    return make_problem(costs, masses, level, dtype=dtype, relaxation=relaxation)
+    return check_arguments(costs, masses, level, relaxation)
 
 
 def _cost_table(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
@@ -381,10 +379,8 @@ def _self_terms(
         table = _cost_table(cost, points, points)
         # The copy in the place of an absent modality is absent too.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
-        problem = make_problem(
-            dict.fromkeys(edges, table), copies, epsilon.reshape(batch), dtype=torch.float64
-        )
-        solution = solve_problem(problem, options, symmetric=symmetric)
+        alike = check_arguments(dict.fromkeys(edges, table), copies, epsilon.reshape(batch))
+        solution = solve(alike, options, dtype=torch.float64, symmetric=symmetric)
         total = total + (solution.value * samples.present[group]).sum(0)
         if symmetric:
             with torch.no_grad():

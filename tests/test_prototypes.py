@@ -327,7 +327,7 @@ def test_what_has_no_weight_is_not_computed(monkeypatch):
         raise AssertionError("solved")
 
     with monkeypatch.context() as patch:
-        patch.setattr("multialign.prototypes.solve_problem", refuse)
+        patch.setattr("multialign.prototypes.solve", refuse)
         module = PrototypeAlignmentLoss(2, transport_weight=0.0, **seeded())
         torch.testing.assert_close(module(x), both.prototype_loss)
         with pytest.raises(AssertionError, match="solved"):

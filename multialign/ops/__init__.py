@@ -1,6 +1,6 @@
 """The primitives on which all losses are built; a tensor's device chooses their implementation."""
 
-from multialign.ops.backend import Backend, Implementation, choose_backend
+from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
 from multialign.ops.products import (
@@ -11,15 +11,18 @@ from multialign.ops.products import (
     log_product,
 )
 from multialign.ops.reference import log, logsumexp, real
-from multialign.ops.small import solve_small
+from multialign.ops.small import Solved, fits_whole, solve_small, solve_whole, whole_gradients
 from multialign.ops.tangents import has_tangent
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "Implementation",
     "LogProduct",
+    "Solved",
     "StreamedProduct",
     "choose_backend",
+    "fits_whole",
     "gaussian_form",
     "has_tangent",
     "log",
@@ -30,4 +33,6 @@ __all__ = [
     "real",
     "register_batched_vmap",
     "solve_small",
+    "solve_whole",
+    "whole_gradients",
 ]

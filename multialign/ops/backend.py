@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from multialign._validation import check_choice
+from multialign.ops._native import instruction_set
 
-__all__ = ["Backend", "Implementation", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Implementation", "choose_backend"]
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "native", "triton"]
 """What a user asks for."""
-Implementation = Literal["torch", "triton"]
+BACKENDS = ("auto", "torch", "native", "triton")
+Implementation = Literal["torch", "native", "triton"]
 """What runs: a backend that is not "auto"."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,16 +51,31 @@ _VERSION = _triton_version()
 def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     """Return what runs on `tensor`: the named backend, or for "auto" the fastest.
 
-    That is Triton for CUDA tensors, where it is installed and new enough. With TRITON_INTERPRET=1
+    That is Triton for CUDA tensors, where it is installed and new enough, and the compiled core for
+    CPU tensors, where it is built; what the core does not take, torch does. With TRITON_INTERPRET=1
     in the environment, "triton" by name runs on CPU tensors too.
 
     Raises:
         ValueError: The name is unknown.
         RuntimeError: The named backend cannot run on this tensor.
     """
-    check_choice("backend", backend, ("auto", "torch", "triton"))
+    check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
+    if backend in ("auto", "native") and tensor.device.type == "cpu":
+        if instruction_set() is not None:
+            return "native"
+        if backend == "auto":
+            return "torch"
+        raise RuntimeError(
+            'backend="native" needs the compiled core, which was not built here; '
+            'use backend="torch" or "auto"'
+        )
+    if backend == "native":
+        raise RuntimeError(
+            f'backend="native" needs CPU tensors; got one on {tensor.device}; '
+            f'use backend="torch" or "auto"'
+        )
     installed = _VERSION is not None and not _is_old(_VERSION)
     runs = installed and tensor.is_cuda and tensor.dtype in _DTYPES
     if backend == "auto":

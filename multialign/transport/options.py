@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from multialign._validation import check_choice, check_count, check_positive
-from multialign.ops import Backend
+from multialign.ops import BACKENDS, Backend
 
 __all__ = ["Method", "SolverOptions", "default_tolerance"]
 
@@ -30,7 +30,7 @@ class SolverOptions:
             vars(self).update(tolerance=check_positive("tolerance", self.tolerance))
         vars(self).update(max_iterations=check_count("max_iterations", self.max_iterations))
         check_choice("method", self.method, ("sinkhorn", "newton", "auto"))
-        check_choice("backend", self.backend, ("auto", "torch", "triton"))
+        check_choice("backend", self.backend, BACKENDS)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

@@ -16,24 +16,34 @@ from multialign.transport.absorption import absorb, is_extreme
 from multialign.transport.elimination import Scope, check_table
 from multialign.transport.problem import Problem
 
-__all__ = ["make_problem"]
+__all__ = ["Arguments", "check_arguments", "make_problem", "prepare"]
 
 # Tables up to this size are centred several at once, in fewer operations.
 _SMALL_ENTRIES = 2**14
 
 
-def make_problem(
+class Arguments(NamedTuple):
+    """The arguments of `multi_marginal_sinkhorn`, checked; dtypes and shapes are as given."""
+
+    costs: dict[Scope, Tensor]
+    """Tables `(*batch, K_i, K_j)`, or one over all variables."""
+    marginals: list[Tensor]
+    """M tensors `(*batch, K_p)`."""
+    epsilon: Tensor
+    """`(*batch)`, float64."""
+    batch: torch.Size
+    """To which the batch dimensions of all broadcast."""
+    rho: list[float | None]
+    """The weight of the penalty on each marginal, None for a hard constraint."""
+
+
+def check_arguments(
     costs: Mapping[tuple[int, int], Tensor] | Tensor,
     marginals: Sequence[Tensor],
     epsilon: float | Tensor,
-    dtype: torch.dtype | None = None,
     relaxation: float | Sequence[float | None] | None = None,
-) -> Problem:
-    """Check the arguments of `multi_marginal_sinkhorn` and put them in order.
-
-    `dtype` is that of the results; None: that of the marginals. `relaxation` is its
-    `marginal_relaxation`.
-    """
+) -> Arguments:
+    """Check the arguments of `multi_marginal_sinkhorn`; `relaxation` is `marginal_relaxation`."""
     weights = _check_marginals(marginals)
     tables = _check_costs(costs, weights)
     labels = [
@@ -46,6 +56,23 @@ def make_problem(
     for scope in tables:
         if len(scope) > 2:
             check_table(batch.numel() * math.prod(weights[p].shape[-1] for p in scope))
+    return Arguments(tables, weights, epsilon, batch, _check_relaxation(relaxation, len(weights)))
+
+
+def make_problem(
+    costs: Mapping[tuple[int, int], Tensor] | Tensor,
+    marginals: Sequence[Tensor],
+    epsilon: float | Tensor,
+    dtype: torch.dtype | None = None,
+    relaxation: float | Sequence[float | None] | None = None,
+) -> Problem:
+    """Check the arguments of `multi_marginal_sinkhorn` and put them in order."""
+    return prepare(check_arguments(costs, marginals, epsilon, relaxation), dtype)
+
+
+def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
+    """Put arguments in order; `dtype` is that of the results, None: that of the marginals."""
+    tables, weights, epsilon, batch, rho = arguments
 
     def flat(x: Tensor, dims: int) -> Tensor:
         shape = x.shape[x.ndim - dims :]
@@ -53,7 +80,6 @@ def make_problem(
             x = x.expand((*batch, *shape))
         return x.double().reshape((batch.numel(), *shape))
 
-    rho = _check_relaxation(relaxation, len(weights))
     relaxed = tuple(p for p, one in enumerate(rho) if one is not None)
     given = [flat(weight, 1) for weight in weights]
     normalised, absent = _normalise(given)

@@ -97,7 +97,11 @@ class TransportSolution:
 
     def _with(self, problem: Problem, function: Callable[[Tensor], Tensor]) -> TransportSolution:
         """Return the solution of an equal problem, with a function of each result."""
-        other = copy.copy(self)
+        return self._fill(copy.copy(self), problem, function)
+
+    def _fill(
+        self, other: TransportSolution, problem: Problem, function: Callable[[Tensor], Tensor]
+    ) -> TransportSolution:
         other._problem, other._attached = problem, None
         other._fixed = self._fixed.to(problem.epsilon.device)
         for name in ("value", "iterations", "error", "converged"):

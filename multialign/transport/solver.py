@@ -17,16 +17,17 @@ from multialign.ops import (
     register_batched_vmap,
     solve_small,
 )
+from multialign.transport.direct import solve_directly
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.implicit import log_total
 from multialign.transport.newton import newton
 from multialign.transport.options import Method, SolverOptions, default_tolerance
-from multialign.transport.prepare import make_problem
+from multialign.transport.prepare import Arguments, check_arguments, prepare
 from multialign.transport.problem import Problem, unflatten_problem
 from multialign.transport.sinkhorn import Iterate, finish, sinkhorn
 from multialign.transport.solution import TransportSolution
 
-__all__ = ["ConvergenceWarning", "multi_marginal_sinkhorn", "solve_problem"]
+__all__ = ["ConvergenceWarning", "multi_marginal_sinkhorn", "solve", "solve_problem"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -115,8 +116,35 @@ def multi_marginal_sinkhorn(
     options = SolverOptions(
         tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
     )
-    problem = make_problem(costs, marginals, epsilon, relaxation=marginal_relaxation)
-    return solve_problem(problem, options)
+    return solve(check_arguments(costs, marginals, epsilon, marginal_relaxation), options)
+
+
+def solve(
+    arguments: Arguments,
+    options: SolverOptions,
+    *,
+    dtype: torch.dtype | None = None,
+    symmetric: bool = False,
+    candidate: Sequence[Tensor] | None = None,
+) -> TransportSolution:
+    """Solve a problem: by the compiled core from its arguments on, or as `solve_problem` does.
+
+    Args:
+        arguments: The problem, checked.
+        options: How to solve it.
+        dtype: The dtype of the results; None: that of the marginals.
+        symmetric: As in `solve_problem`.
+        candidate: As in `solve_problem`.
+    """
+    if dtype is None:
+        dtype = arguments.marginals[0].dtype
+    with full_precision(arguments.epsilon):
+        found = solve_directly(arguments, options, dtype, candidate)
+        if found is not None:
+            return found
+        return solve_problem(
+            prepare(arguments, dtype), options, symmetric=symmetric, candidate=candidate
+        )
 
 
 def solve_problem(
@@ -216,10 +244,10 @@ def _solve(
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        ordinary = not problem.forbidden and not problem.relaxed
-        if method == "newton" and form == "auto" and ordinary:
-            iterate = _solve_at_once(problem, tolerance, max_iterations, single, backend)
+        if form == "auto":
+            iterate = _solve_at_once(problem, method, tolerance, max_iterations, single, backend)
         if iterate is None:
+            backend = "torch" if backend == "native" else backend
             if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
                 problem = problem.folded()
             level = tolerance / problem.copies
@@ -276,20 +304,41 @@ register_batched_vmap(_solve)
 
 
 def _solve_at_once(
-    problem: Problem, tolerance: float, max_iterations: int, single: bool, backend: Implementation
+    problem: Problem,
+    method: str,
+    tolerance: float,
+    max_iterations: int,
+    single: bool,
+    backend: Implementation,
 ) -> Iterate | None:
-    """Solve small problems in one kernel; None if there is none, or if it left some unsolved."""
-    dtype = torch.float32 if single else torch.float64
-    costs, scopes = list(problem.costs.values()), list(problem.costs)
+    """Solve small problems in one call; None where nothing can, or where one is left unsolved."""
+    ordinary = method == "newton" and not problem.forbidden and not problem.relaxed
+    if backend == "torch" or (backend == "triton" and not ordinary):
+        return None
+    costs = [
+        cost.masked_fill(problem.forbidden[scope], math.inf) if scope in problem.forbidden else cost
+        for scope, cost in problem.costs.items()
+    ]
+    rho = None
+    if problem.rho is not None:
+        rho = dict(zip(problem.relaxed, problem.rho.unbind(-1), strict=True))
     found = solve_small(
-        costs, scopes, problem.marginals, problem.epsilon, tolerance / 2, max_iterations, dtype,
+        costs,
+        list(problem.costs),
+        problem.marginals,
+        problem.epsilon,
+        tolerance / 2 if backend == "triton" else tolerance,
+        max_iterations,
+        torch.float32 if single else torch.float64,
         backend,
-    )  # fmt: skip
+        rho=rho,
+        by_sweeps=method != "newton",
+    )
     if found is None:
         return None
     form = make_form(problem, torch.float64, "torch")
     iterate = finish(problem, form, form.at(problem.epsilon), *found)
-    unsolved = (iterate.error > tolerance) & (iterate.iterations < max_iterations)
+    unsolved = ~(iterate.error <= tolerance) & (iterate.iterations < max_iterations)
     return None if bool(unsolved.any()) else iterate
 
 

@@ -6,5 +6,15 @@ from multialign.ops._native.library import (
     instruction_sets,
     native_function,
 )
+from multialign.ops._native.transport import LEFT, fits, read_gradients, solve
 
-__all__ = ["core_state", "instruction_set", "instruction_sets", "native_function"]
+__all__ = [
+    "LEFT",
+    "core_state",
+    "fits",
+    "instruction_set",
+    "instruction_sets",
+    "native_function",
+    "read_gradients",
+    "solve",
+]

@@ -1,6 +1,7 @@
 /* The compiled core: see core.h. Each header holds static functions and those it exports. */
 #include "core.h"
 #include "exp.h"
+#include "transport.h"
 
 /* exp of n numbers, for the tests. */
 EXPORTED(void, exp)(const double *x, double *out, int64_t n)

@@ -1,0 +1,288 @@
+"""Small problems solved by the compiled core in one call, from arguments to results.
+
+A result takes its gradient from the core as well. Whatever the core does not know (potentials with
+gradient, second derivatives, the dense plan) is read from the same potentials as that of any other
+solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from multialign.ops import Solved, choose_backend, fits_whole, solve_whole, whole_gradients
+from multialign.transport.implicit import FirstOnly
+from multialign.transport.options import SolverOptions, default_tolerance
+from multialign.transport.prepare import Arguments, prepare
+from multialign.transport.problem import Problem
+from multialign.transport.sinkhorn import Iterate
+from multialign.transport.solution import TransportSolution
+
+__all__ = ["solve_directly"]
+
+
+def solve_directly(
+    arguments: Arguments,
+    options: SolverOptions,
+    dtype: torch.dtype,
+    candidate: Sequence[Tensor] | None = None,
+) -> TransportSolution | None:
+    """Solve a problem; None if the core does not take it, or leaves a part of it unsolved.
+
+    Args:
+        arguments: The problem, checked.
+        options: How to solve it.
+        dtype: The dtype of the results.
+        candidate: Potentials `(*batch, K_p)` in cost units, taken where the dual is larger there.
+    """
+    costs, marginals, epsilon, batch, rho = arguments
+    sizes = [marginal.shape[-1] for marginal in marginals]
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(one is not None for one in rho)
+        or any(len(scope) != 2 for scope in costs)
+        or not fits_whole(sizes, choose_backend(options.backend, marginals[0]))
+        or not batch.numel()
+        or not all(type(x) in (Tensor, Parameter) for x in (*costs.values(), *marginals))
+    ):
+        return None
+
+    def whole(x: Tensor, dims: int) -> Tensor:
+        shape = (*batch, *x.shape[x.ndim - dims :])
+        return (x if x.shape == shape else x.expand(shape)).contiguous()
+
+    costs = {scope: whole(cost, 2) for scope, cost in costs.items()}
+    marginals = [whole(marginal, 1) for marginal in marginals]
+    epsilon = whole(epsilon, 0)
+    tolerance = default_tolerance(dtype) if options.tolerance is None else options.tolerance
+    if candidate is not None:
+        # An absent atom has no potential.
+        joined = torch.cat([f.detach().double() for f in candidate], -1).nan_to_num(neginf=0.0)
+        candidate = [joined.reshape(batch.numel(), -1).contiguous()]
+    solved = solve_whole(
+        costs,
+        marginals,
+        epsilon,
+        tolerance,
+        options.max_iterations,
+        by_sweeps=options.method == "sinkhorn",
+        candidate=None if candidate is None else candidate[0],
+    )
+    if solved is None:
+        return None
+    arguments = Arguments(costs, marginals, epsilon, batch, rho)
+    return _DirectSolution(arguments, solved, tolerance, dtype)
+
+
+class _DirectSolution(TransportSolution):
+    """A solution of which most results are known."""
+
+    def __init__(
+        self, arguments: Arguments, solved: Solved, tolerance: float, dtype: torch.dtype
+    ) -> None:
+        self._arguments, self._solved, self._dtype = arguments, solved, dtype
+        self._form, self._attached = "auto", None
+        self._fixed = solved.potentials
+        batch = arguments.batch
+        self.iterations = solved.iterations.view(batch)
+        error = solved.error.view(batch)
+        self.error, self.converged = error.to(dtype), error <= tolerance
+        self.value = self._convert(solved.value)
+        if self._is_recorded():
+            self.value = _Value.apply(self._given, self.value, *self._results, *self._inputs)
+
+    @cached_property
+    def _problem(self) -> Problem:  # type: ignore[override]
+        return prepare(self._arguments, self._dtype)
+
+    @property
+    def _inputs(self) -> list[Tensor]:
+        costs, marginals, epsilon, *_ = self._arguments
+        return [*costs.values(), *marginals, epsilon]
+
+    @property
+    def _results(self) -> list[Tensor]:
+        found = self._solved
+        return [
+            found.potentials,
+            found.offsets,
+            found.value,
+            found.transport_cost,
+            found.by_marginals,
+            *found.pairs,
+        ]
+
+    @property
+    def _given(self) -> _Given:
+        costs, marginals, *_ = self._arguments
+        return _Given(list(costs), len(marginals), self._dtype)
+
+    def _is_recorded(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self._inputs)
+
+    @cached_property
+    def _read(self) -> tuple[Tensor, ...]:
+        """`transport_cost` `(B,)` and the marginals of all pairs, with their gradient."""
+        found: tuple[Tensor, ...] = _Read.apply(self._given, *self._results, *self._inputs)
+        return found
+
+    @property
+    def transport_cost(self) -> Tensor:
+        """As that of any solution."""
+        recorded = self._is_recorded()
+        return self._convert(self._read[0] if recorded else self._solved.transport_cost)
+
+    def marginal(self, i: int) -> Tensor:
+        """As that of any solution."""
+        self._check_index("i", i)
+        return self._pair(0, i).sum(-2) if i else self._pair(0, 1).sum(-1)
+
+    def pairwise_marginal(self, i: int, j: int) -> Tensor:
+        """As that of any solution."""
+        self._check_index("i", i)
+        self._check_index("j", j)
+        if i == j:
+            raise ValueError(f"i and j must differ; got {i} and {j}")
+        return self._pair(i, j) if i < j else self._pair(j, i).mT
+
+    def _pair(self, i: int, j: int) -> Tensor:
+        place = list(combinations(range(len(self._arguments.marginals)), 2)).index((i, j))
+        return self._convert(
+            self._read[1 + place] if self._is_recorded() else self._solved.pairs[place]
+        )
+
+    def _convert(self, x: Tensor) -> Tensor:
+        return x.view((*self._arguments.batch, *x.shape[1:])).to(self._dtype)
+
+    def _with(self, problem: Problem, function: Callable[[Tensor], Tensor]) -> TransportSolution:
+        other = TransportSolution.__new__(TransportSolution)
+        other._form = self._form
+        return self._fill(other, problem, function)
+
+
+class _Given(NamedTuple):
+    """What the way back has to know of the arguments beside their tensors."""
+
+    edges: list[tuple[int, ...]]
+    count: int
+    """Of the marginals."""
+    dtype: torch.dtype
+    """Of the results."""
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Return potentials, offsets, value, transport cost, by_marginals, pairs; arguments."""
+        fixed = 5 + self.count * (self.count - 1) // 2
+        results, inputs = tensors[:fixed], tensors[fixed:]
+        costs = dict(zip(self.edges, inputs, strict=False))
+        marginals, epsilon = list(inputs[len(costs) : -1]), inputs[-1]
+        rho: list[float | None] = [None] * self.count
+        arguments = Arguments(costs, marginals, epsilon, epsilon.shape, rho)
+        return (*results[:5], results[5:], arguments)
+
+
+class _Value(torch.autograd.Function):
+    """Gives `value` its gradient: the plan, the potentials and the entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, given: _Given, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.given = given
+        ctx.save_for_backward(*tensors)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given: _Given = ctx.given
+        potentials, _, value, cost, by_marginals, pairs, arguments = given.split(ctx.saved_tensors)
+        inputs = [*arguments.costs.values(), *arguments.marginals, arguments.epsilon]
+        if torch.is_grad_enabled():
+            solution = _read_again(arguments, potentials)
+            wanted = [x for x in inputs if x.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    solution.value, wanted, grad.double(), create_graph=True, allow_unused=True
+                )
+            )
+            grads = [next(found) if x.requires_grad else None for x in inputs]
+            return (None, None, *[None] * (5 + len(pairs)), *grads)
+        weight = grad.double().reshape(-1, 1)
+        sizes = [marginal.shape[-1] for marginal in arguments.marginals]
+        places = list(combinations(range(given.count), 2))
+        by_costs = [pairs[places.index(edge)] * weight.unsqueeze(-1) for edge in given.edges]
+        blocks = (by_marginals * weight).split(sizes, -1)
+        by_epsilon = ((value - cost).unsqueeze(-1) * weight).view_as(arguments.epsilon)
+        grads = [*by_costs, *blocks, by_epsilon / arguments.epsilon]
+        grads = [g.view(x.shape).to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+        return (None, None, *[None] * (5 + len(pairs)), *grads)
+
+
+class _Read(torch.autograd.Function):
+    """Gives `transport_cost` and the marginals of pairs their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, given: _Given, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.given = given
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        cost, _, pairs = given.split(tensors)[3:6]
+        return (cost.detach(), *[pair.detach() for pair in pairs])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given: _Given = ctx.given
+        potentials, offsets, _, _, _, pairs, arguments = given.split(ctx.saved_tensors)
+        inputs = [*arguments.costs.values(), *arguments.marginals, arguments.epsilon]
+        with torch.no_grad():
+            by_cost, *by_pairs = [None if g is None else g.contiguous() for g in grads]
+            found = whole_gradients(
+                arguments.costs,
+                arguments.marginals,
+                arguments.epsilon,
+                potentials,
+                offsets,
+                by_cost,
+                by_pairs,
+            )
+            if found is None:
+                results = _gradients_again(arguments, potentials, grads)
+            else:
+                by_costs, by_marginals, by_epsilon = found
+                sizes = [marginal.shape[-1] for marginal in arguments.marginals]
+                results = [*by_costs, *by_marginals.split(sizes, -1), by_epsilon]
+            results = [g.reshape(x.shape).to(x.dtype) for g, x in zip(results, inputs, strict=True)]
+        if torch.is_grad_enabled():
+            others = [g for g in grads if g is not None]
+            results = [FirstOnly.apply(g, *others, *inputs) for g in results]
+        return (None, *[None] * (5 + len(pairs)), *results)
+
+
+def _read_again(arguments: Arguments, potentials: Tensor) -> TransportSolution:
+    """Return the solution at potentials as that of any problem."""
+    problem = prepare(arguments, torch.float64)
+    zeros = torch.zeros_like(problem.epsilon)
+    return TransportSolution(problem, Iterate(potentials, zeros.long(), zeros), 1.0)
+
+
+@torch.enable_grad()
+def _gradients_again(
+    arguments: Arguments, potentials: Tensor, grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return gradients by all inputs where the core has left a problem."""
+    costs = {scope: cost.detach().requires_grad_() for scope, cost in arguments.costs.items()}
+    marginals = [nu.detach().requires_grad_() for nu in arguments.marginals]
+    epsilon = arguments.epsilon.detach().requires_grad_()
+    again = arguments._replace(costs=costs, marginals=marginals, epsilon=epsilon)
+    solution = _read_again(again, potentials)
+    places = combinations(range(len(marginals)), 2)
+    results = [solution.transport_cost, *[solution.pairwise_marginal(i, j) for i, j in places]]
+    pairs = [(x, g.view_as(x)) for x, g in zip(results, grads, strict=True) if g is not None]
+    inputs = [*costs.values(), *marginals, epsilon]
+    outputs, weights = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
