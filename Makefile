@@ -23,7 +23,7 @@ BUILT := build/native/.built
 CMAKE := $(VENV)/bin/cmake
 # Where the core is built with sanitizers, and the tests that run on it.
 CHECKED := $(CURDIR)/build/sanitized
-SANITIZED := $(wildcard tests/test_native*.py)
+SANITIZED := $(wildcard tests/test_native*.py) tests/test_hostile_transport.py
 DIGITS := --config examples/decalign/configs/digits.yaml --seeds 1 2 3
 
 .DEFAULT_GOAL := help
