@@ -1,6 +1,8 @@
-"""Check a wheel's contents, then install and use it where only torch is installed."""
+"""Check wheels and sdist, with and without the compiled core, where only torch is installed."""
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,7 +10,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
-LARGEST = 200_000  # bytes
+LARGEST = 400_000  # bytes
 
 USE = """
 import importlib.metadata, pathlib, sys, warnings
@@ -32,8 +34,16 @@ losses = [
 ]
 torch.stack(losses).sum().backward()
 assert all(x.grad.isfinite().all() for x in features)
+from multialign.ops._native import core_state, native_function
+
+assert (native_function("exp") is not None) == (sys.argv[1] == "True"), core_state()
 multialign.show_versions()
 """
+
+
+def is_compiled(wheel: Path) -> bool:
+    """Return whether a wheel is for one platform, and so holds the compiled core."""
+    return not wheel.name.endswith("-none-any.whl")
 
 
 def check_contents(wheel: Path) -> None:
@@ -49,8 +59,10 @@ def check_contents(wheel: Path) -> None:
         sys.exit(f"{wheel.name} lacks multialign/py.typed")
     code = (".py", ".typed")
     data = [n for n in names if n.startswith("multialign/") and not n.endswith(code)]
-    if data:
-        sys.exit(f"{wheel.name} holds more than code: {data}")
+    library = "dll" if "-win" in wheel.name else "so"
+    core = [f"multialign/ops/_native/core.{library}"] if is_compiled(wheel) else []
+    if data != core:
+        sys.exit(f"{wheel.name} must hold code and {core}; got {data}")
     tests = [name for name in names if "test" in Path(name).name]
     if tests:
         sys.exit(f"{wheel.name} holds tests: {tests}")
@@ -72,23 +84,42 @@ class Environment:
         self.python = str(folder / "bin" / "python")
         self.install("torch")
 
-    def install(self, *requirements: str) -> None:
-        """Install with pip, under the constraints."""
+    def install(self, *options: str, compiler: bool = True) -> None:
+        """Install with pip, under the constraints; without `compiler`, where every one fails."""
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--constraint", str(self.constraint), *requirements], check=True)
+        environment = os.environ if compiler else {**os.environ, "CC": "/bin/false"}
+        command = [*pip, "--constraint", str(self.constraint), *options]
+        subprocess.run(command, check=True, env=environment)
 
-    def use(self) -> None:
+    def use(self, compiled: bool) -> None:
         """Run a few lines with what is installed, from a folder without the source."""
-        subprocess.run([self.python, "-c", USE], check=True, cwd=self.folder)
+        command = [self.python, "-c", USE, str(compiled)]
+        subprocess.run(command, check=True, cwd=self.folder)
+
+
+def use_all(folder: Path, environment: Environment) -> None:
+    """Install and use each wheel of a folder, then its sdist with and without a compiler."""
+    (sdist,) = folder.glob("*.tar.gz")
+    wheels = sorted(folder.glob("*.whl"))
+    compiled = any(map(is_compiled, wheels))
+    if shutil.which("cc") and not compiled:
+        sys.exit(f"{folder} holds no wheel with the compiled core")
+    again = ("--force-reinstall", "--no-deps")
+    for wheel in wheels:
+        environment.install(*again, str(wheel.resolve()))
+        environment.use(is_compiled(wheel))
+    # A wheel that pip built from this sdist before would hide what the compiler does.
+    for compiler in (True, False):
+        environment.install(*again, "--no-cache-dir", str(sdist.resolve()), compiler=compiler)
+        environment.use(compiled and compiler)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("folder", type=Path, help="holds one sdist and its wheels")
     parser.add_argument("--constraint", type=Path, required=True)
     arguments = parser.parse_args()
-    check_contents(arguments.wheel)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = Environment(Path(folder) / "environment", arguments.constraint)
-        environment.install(str(arguments.wheel.resolve()))
-        environment.use()
+    for wheel in arguments.folder.glob("*.whl"):
+        check_contents(wheel)
+    with tempfile.TemporaryDirectory() as name:
+        use_all(arguments.folder, Environment(Path(name) / "environment", arguments.constraint))

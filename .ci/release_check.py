@@ -1,10 +1,11 @@
-"""Check what a release would upload: sdist and wheel, in fresh environments, with their own tests.
+"""Check what a release would upload: sdist and wheels, in fresh environments, with their tests.
 
 For the oldest and the newest torch, and each Python from 3.10 on that is installed here, the wheel
-is used where only torch is installed; then the test suite of the sdist runs against it. The sdist
-itself is built and used once. A combination that fails does not stop the others: the last lines
-say what became of each, and the exit status is 0 only if all passed. `--python` and `--torch`
-choose some of them, to repeat one alone or to go on where a run was stopped.
+with the compiled core is used where only torch is installed; then the test suite of the sdist runs
+against it. The pure wheel is used once, and the sdist is built with and without a compiler. A
+combination that fails does not stop the others: the last lines say what became of each, and the
+exit status is 0 only if all passed. `--python` and `--torch` choose some of them, to repeat one
+alone or to go on where a run was stopped.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from check_wheel import Environment, check_contents
+from check_wheel import Environment, check_contents, is_compiled, use_all
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 OLDEST = "2.4.1"
@@ -87,13 +88,11 @@ def run_tests(environment: Environment, tests: Path) -> str:
     return counts
 
 
-def check_sdist(sdist: Path, constraint: Path) -> str:
-    """Build and use the sdist where only torch is installed."""
+def check_files(folder: Path, constraint: Path) -> str:
+    """Use the wheels, and the sdist with and without a compiler, where only torch is installed."""
     with tempfile.TemporaryDirectory() as name:
-        environment = Environment(Path(name) / "environment", constraint)
-        environment.install(str(sdist.resolve()))
-        environment.use()
-    return "built, installed and used"
+        use_all(folder, Environment(Path(name) / "environment", constraint))
+    return "installed and used"
 
 
 def check_combination(python: str, torch: str, wheel: Path, sdist: Path, constraint: Path) -> str:
@@ -105,27 +104,28 @@ def check_combination(python: str, torch: str, wheel: Path, sdist: Path, constra
         # In the folder of the tests, whose conftest.py then serves the docstrings as well.
         environment = Environment(tests / "environment", constraint, python)
         environment.install(str(wheel.resolve()))
-        environment.use()
+        environment.use(is_compiled(wheel))
         environment.install(f"{wheel.resolve()}[test,example]")
         return run_tests(environment, tests)
 
 
 def main() -> None:
-    """Check the sdist and the wheel in a folder."""
+    """Check the sdist and the wheels in a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="holds one sdist and one wheel")
+    parser.add_argument("folder", type=Path, help="holds one sdist and its wheels")
     parser.add_argument("--constraint", type=Path, required=True)
     parser.add_argument("--torch", nargs="+", help="versions; default: the oldest and the newest")
     parser.add_argument("--python", nargs="+", choices=PYTHONS, help="default: all there are")
     arguments = parser.parse_args()
-    (wheel,), (sdist,) = (list(arguments.folder.glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    (sdist,) = arguments.folder.glob("*.tar.gz")
+    wheels = sorted(arguments.folder.glob("*.whl"), key=is_compiled)
     constraint = arguments.constraint
     newest = re.search(r"^torch==(\S+)", constraint.read_text(), re.MULTILINE)[1]
 
-    check_contents(wheel)
-    subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], check=True
-    )
+    for wheel in wheels:
+        check_contents(wheel)
+    twine = [sys.executable, "-m", "twine", "check", "--strict"]
+    subprocess.run([*twine, *map(str, [*wheels, sdist])], check=True)
 
     lines, failed = [], False
 
@@ -144,7 +144,7 @@ def main() -> None:
         lines.append(f"{name}: {outcome} ({time.monotonic() - started:.0f} s)")
         print(lines[-1], flush=True)
 
-    record("The sdist", check_sdist, sdist, constraint)
+    record("The wheels and the sdist", check_files, arguments.folder, constraint)
     pythons = installed_pythons()
     for torch in arguments.torch or (OLDEST, newest):
         for version in arguments.python or PYTHONS:
@@ -155,7 +155,8 @@ def main() -> None:
                 lines.append(f"{name}: not checked, this Python is not installed here")
                 failed |= arguments.python is not None  # it was asked for by name
             else:
-                record(name, check_combination, pythons[version], torch, wheel, sdist, constraint)
+                best = wheels[-1]
+                record(name, check_combination, pythons[version], torch, best, sdist, constraint)
     print("\n".join(["", "Summary", *lines]))
     sys.exit(failed)
 

@@ -7,13 +7,16 @@ import platform
 
 import torch
 
+from multialign.ops._native import core_state
+
 __all__ = ["show_versions"]
 
 
 def show_versions() -> None:
     """Print the versions of multialign and of what it runs on, to paste into a bug report.
 
-    Triton is looked up among the installed packages and never imported.
+    Triton is looked up among the installed packages and never imported. The compiled core is told
+    by its instruction set, or by the reason why it does not run.
 
     Example:
         >>> from multialign import show_versions
@@ -23,6 +26,7 @@ def show_versions() -> None:
         torch: ...
         CUDA: ...
         triton: ...
+        compiled core: ...
         platform: ...
         device: ...
     """
@@ -34,6 +38,7 @@ def show_versions() -> None:
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "not in this build of torch",
         "triton": _installed("triton"),
+        "compiled core": core_state(),
         "platform": platform.platform(),
         "device": _device(),
     }

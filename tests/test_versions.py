@@ -10,7 +10,16 @@ import torch
 import multialign
 from multialign import show_versions
 
-NAMES = ["multialign", "python", "torch", "CUDA", "triton", "platform", "device"]
+NAMES = [
+    "multialign",
+    "python",
+    "torch",
+    "CUDA",
+    "triton",
+    "compiled core",
+    "platform",
+    "device",
+]
 
 
 def _report(capsys):

@@ -6,5 +6,6 @@
 /* exp of n numbers, for the tests. */
 EXPORTED(void, exp)(const double *x, double *out, int64_t n)
 {
-    SIMD for (int64_t i = 0; i < n; i++) out[i] = exp_of(x[i]);
+    SIMD for (int64_t i = 0; i < n; i++)
+        out[i] = exp_of(x[i]);
 }

@@ -26,9 +26,14 @@
 #endif
 
 /* A loop whose iterations do not depend on each other, or only by sums, whose order is free. */
+#if defined(_MSC_VER) && !defined(__clang__)
+#define PRAGMA(text) __pragma(text)
+#define SIMD_MAX(largest) /* its OpenMP has no such reduction */
+#else
 #define PRAGMA(text) _Pragma(#text)
+#define SIMD_MAX(largest) PRAGMA(omp simd reduction(max : largest))
+#endif
 #define SIMD PRAGMA(omp simd)
 #define SIMD_SUM(total) PRAGMA(omp simd reduction(+ : total))
-#define SIMD_MAX(largest) PRAGMA(omp simd reduction(max : largest))
 
 #endif

@@ -12,7 +12,7 @@
 static inline double exp_of(double x)
 {
     const double magic = 6755399441055744.0;
-    const int64_t magic_bits = 0x4338000000000000;
+    const uint64_t magic_bits = 0x4338000000000000;
     const double bounded = x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x);
     const double shifted = bounded * 1.4426950408889634074 + magic;
     const double n = shifted - magic;
@@ -33,13 +33,13 @@ static inline double exp_of(double x)
     p = p * r * r + r + 1.0;
     union {
         double number;
-        int64_t bits;
+        uint64_t bits; /* of NaN too, whose difference from the magic number is no int64_t */
     } from, first, second;
     from.number = shifted;
-    const int64_t above = from.bits - magic_bits + 2048;
-    const int64_t half = (int64_t)((uint64_t)above >> 1);
-    first.bits = (int64_t)((uint64_t)(half - 1) << 52);
-    second.bits = (int64_t)((uint64_t)(above - half - 1) << 52);
+    const uint64_t above = from.bits - magic_bits + 2048;
+    const uint64_t half = above >> 1;
+    first.bits = (half - 1) << 52;
+    second.bits = (above - half - 1) << 52;
     return p * first.number * second.number;
 }
 

@@ -23,11 +23,10 @@ static void multiply(int rows, int inner, int columns, const double *restrict a,
         int j = 0;
         for (; j + 2 * LANES <= columns; j += 2 * LANES) {
             double s0[2 * LANES] = {0}, s1[2 * LANES] = {0}, s2[2 * LANES] = {0},
-                   s3[2 * LANES] = {0};
+                          s3[2 * LANES] = {0};
             for (int k = 0; k < inner; k++) {
                 const double *restrict row = b + (size_t)k * columns + j;
-                SIMD for (int l = 0; l < 2 * LANES; l++)
-                {
+                SIMD for (int l = 0; l < 2 * LANES; l++) {
                     s0[l] += a0[k] * row[l];
                     s1[l] += a1[k] * row[l];
                     s2[l] += a2[k] * row[l];
@@ -44,8 +43,7 @@ static void multiply(int rows, int inner, int columns, const double *restrict a,
             double s0[LANES] = {0}, s1[LANES] = {0}, s2[LANES] = {0}, s3[LANES] = {0};
             for (int k = 0; k < inner; k++) {
                 const double *restrict row = b + (size_t)k * columns + j;
-                SIMD for (int l = 0; l < LANES; l++)
-                {
+                SIMD for (int l = 0; l < LANES; l++) {
                     s0[l] += a0[k] * row[l];
                     s1[l] += a1[k] * row[l];
                     s2[l] += a2[k] * row[l];
@@ -64,30 +62,30 @@ static void multiply(int rows, int inner, int columns, const double *restrict a,
             double s[LANES] = {0};
             for (int k = 0; k < inner; k++) {
                 const double *restrict row = b + (size_t)k * columns + j;
-                SIMD for (int l = 0; l < LANES; l++) s[l] += a[(size_t)i * a_stride + k] * row[l];
+                SIMD for (int l = 0; l < LANES; l++)
+                    s[l] += a[(size_t)i * a_stride + k] * row[l];
             }
             memcpy(c + (size_t)i * columns + j, s, sizeof s);
         }
 }
 
 /* a[r][l] -= sum over k < inner of u[k][i + r] u[k][j + l], for 4 rows and 2 LANES columns. */
-static inline void subtract_tile(double *a, int n, const double *u, int inner,
-                                 int i, int j, int columns)
+static inline void subtract_tile(double *a, int n, const double *u, int inner, int i, int j,
+                                 int columns)
 {
     double s[4][2 * LANES] = {{0}};
     for (int k = 0; k < inner; k++) {
         const double *restrict row = u + (size_t)k * n;
         const double f0 = row[i], f1 = row[i + 1], f2 = row[i + 2], f3 = row[i + 3];
-        SIMD for (int l = 0; l < 2 * LANES; l++)
-        {
+        SIMD for (int l = 0; l < 2 * LANES; l++) {
             s[0][l] += f0 * row[j + l];
             s[1][l] += f1 * row[j + l];
             s[2][l] += f2 * row[j + l];
             s[3][l] += f3 * row[j + l];
         }
     }
-    for (int r = 0; r < 4; r++)
-        SIMD for (int l = 0; l < columns; l++) a[(size_t)(i + r) * n + j + l] -= s[r][l];
+    for (int r = 0; r < 4; r++) SIMD
+        for (int l = 0; l < columns; l++) a[(size_t)(i + r) * n + j + l] -= s[r][l];
 }
 
 /* The upper factor U of a = U^T U, in place of the upper triangle of a, n x n; 0 if there is none.
@@ -109,11 +107,13 @@ static int factor(double *restrict a, int n, int diagonal)
             for (int k = i; k < r; k++) {
                 const double *restrict u = a + (size_t)k * n;
                 const double f = u[r];
-                SIMD for (int j = i; j < n; j++) row[j] -= f * u[j];
+                SIMD for (int j = i; j < n; j++)
+                    row[j] -= f * u[j];
             }
             if (!(row[r] > 0) || !(row[r] < INFINITY)) return 0;
             const double scale = 1 / sqrt(row[r]);
-            SIMD for (int j = i; j < n; j++) row[j] *= scale;
+            SIMD for (int j = i; j < n; j++)
+                row[j] *= scale;
         }
     }
     return 1;
@@ -125,12 +125,14 @@ static void solve_factored(const double *restrict u, int n, double *restrict x)
     for (int k = 0; k < n; k++) {
         const double *restrict row = u + (size_t)k * n;
         const double value = x[k] /= row[k];
-        SIMD for (int j = k + 1; j < n; j++) x[j] -= value * row[j];
+        SIMD for (int j = k + 1; j < n; j++)
+            x[j] -= value * row[j];
     }
     for (int k = n - 1; k >= 0; k--) {
         const double *restrict row = u + (size_t)k * n;
         double sum = 0;
-        SIMD_SUM(sum) for (int j = k + 1; j < n; j++) sum += row[j] * x[j];
+        SIMD_SUM(sum) for (int j = k + 1; j < n; j++)
+            sum += row[j] * x[j];
         x[k] = (x[k] - sum) / row[k];
     }
 }

@@ -25,10 +25,10 @@ typedef struct {
     const Problem *problem;
     Plan *plan;
     Sweeps sweeps;
-    int span;          /* the length of vectors */
+    int span; /* the length of vectors */
     double *gradient;
-    double *diagonal;  /* what a penalty adds to the diagonal of H, in units of nu */
-    double total;      /* by which H is multiplied */
+    double *diagonal; /* what a penalty adds to the diagonal of H, in units of nu */
+    double total;     /* by which H is multiplied */
     double dual, error;
     double *direction, *origin, *fresh, *right;
     double *matrix;
@@ -95,19 +95,18 @@ static void fill_hessian(Solver *solver, double damping)
             if (fills && own > 0) {
                 const double root = problem->root[first + i];
                 const double *restrict roots = problem->root + first;
-                SIMD for (int j = 0; j < problem->stride[p]; j++) row[first + j] = root * roots[j];
+                SIMD for (int j = 0; j < problem->stride[p]; j++)
+                    row[first + j] = root * roots[j];
             } else {
                 memset(row + first, 0, problem->stride[p] * sizeof(double));
             }
-            row[first + i] += own > 0 ? m[first + i] * own * own + damping
-                                            + solver->diagonal[first + i]
-                                      : 1;
+            row[first + i] +=
+                own > 0 ? m[first + i] * own * own + damping + solver->diagonal[first + i] : 1;
             for (int q = p + 1; q < problem->count; q++) {
                 double *restrict out = row + problem->first[q];
                 if (own > 0) {
-                    const double *restrict table =
-                        solver->plan->pairs[pair_of(problem, p, q)]
-                        + (size_t)i * problem->stride[q];
+                    const double *restrict table = solver->plan->pairs[pair_of(problem, p, q)]
+                                                   + (size_t)i * problem->stride[q];
                     const double *restrict others = inverse + problem->first[q];
                     SIMD for (int j = 0; j < problem->stride[q]; j++)
                         out[j] = own * table[j] * others[j];
@@ -266,8 +265,8 @@ static int aim(Solver *solver, Search *search, double *x, double *epsilon, doubl
     double worst = 0;
     for (int n = 0; n < span; n++)
         if (problem->nu[n] > 0) worst = fmax(worst, fabs(solver->gradient[n]) / problem->nu[n]);
-    const int falls = *epsilon > target && solver->error <= level_error
-                      && worst <= LEVEL_RELATIVE_ERROR;
+    const int falls =
+        *epsilon > target && solver->error <= level_error && worst <= LEVEL_RELATIVE_ERROR;
     const int found =
         factor_hessian(solver, fmin(fmax(solver->error, LEAST_DAMPING), MOST_DAMPING));
     double *right = solver->right;

@@ -13,15 +13,15 @@
 typedef struct {
     const Problem *problem;
     int is_triangle;
-    double *cost;               /* of every entry */
-    double *entries;            /* of the plan */
+    double *cost;    /* of every entry */
+    double *entries; /* of the plan */
     double raised, floor, trusted;
-    double *factor[3];          /* X_01, X_02, X_12 */
-    double *turned[3];          /* X_01 and X_12 transposed; X_02 is not needed so */
-    double *weight;             /* one table */
-    double log_total;           /* log Z */
-    double *marginals;          /* m, divided by Z */
-    double *pairs[MAX_PAIRS];   /* of two variables, divided by Z */
+    double *factor[3];        /* X_01, X_02, X_12 */
+    double *turned[3];        /* X_01 and X_12 transposed; X_02 is not needed so */
+    double *weight;           /* one table */
+    double log_total;         /* log Z */
+    double *marginals;        /* m, divided by Z */
+    double *pairs[MAX_PAIRS]; /* of two variables, divided by Z */
 } Plan;
 
 /* What is summed of products of this size may be dropped (see ExponentRange). */
@@ -49,7 +49,8 @@ static void join_pairs(const Problem *problem, double *const *tables, double pad
             const double *table = tables[pair_of(problem, p, last)];
             if (!table) continue;
             const double *restrict line = table + (size_t)atoms[p] * width;
-            SIMD for (int j = 0; j < problem->size[last]; j++) row[j] += line[j];
+            SIMD for (int j = 0; j < problem->size[last]; j++)
+                row[j] += line[j];
         }
     }
 }
@@ -134,14 +135,12 @@ static void fill_factors(Plan *plan, const double *x, double epsilon)
             const double base = plan->raised + 0.5 * x[problem->first[p] + i];
             if (cost) {
                 const double *restrict line = cost + (size_t)i * width;
-                SIMD for (int j = 0; j < width; j++)
-                {
+                SIMD for (int j = 0; j < width; j++) {
                     const double exponent = base + 0.5 * across[j] - rate * line[j];
                     row[j] = exponent < floor ? 0 : exp_of(exponent);
                 }
             } else {
-                SIMD for (int j = 0; j < width; j++)
-                {
+                SIMD for (int j = 0; j < width; j++) {
                     const double exponent = base + 0.5 * across[j];
                     row[j] = exponent < floor ? 0 : exp_of(exponent);
                 }
@@ -170,7 +169,8 @@ static void other_factors(Plan *plan, int e, const double *scale, double *out)
         for (int i = 0; i < rows; i++) {
             double *restrict row = plan->weight + (size_t)i * stride;
             const double *restrict from = left + (size_t)i * stride;
-            SIMD for (int k = 0; k < stride; k++) row[k] = from[k] * factor_of[k];
+            SIMD for (int k = 0; k < stride; k++)
+                row[k] = from[k] * factor_of[k];
         }
         left = plan->weight;
     }
@@ -187,7 +187,8 @@ static void read_singles(Plan *plan)
     for (int i = 0; i < problem->size[0]; i++) {
         const double *row = plan->pairs[0] + (size_t)i * width;
         double sum = 0;
-        SIMD_SUM(sum) for (int j = 0; j < width; j++) sum += row[j];
+        SIMD_SUM(sum) for (int j = 0; j < width; j++)
+            sum += row[j];
         m[i] = sum;
     }
     for (int q = 1; q < problem->count; q++) {
@@ -195,7 +196,8 @@ static void read_singles(Plan *plan)
         for (int i = 0; i < problem->size[0]; i++) {
             const double *restrict row =
                 plan->pairs[pair_of(problem, 0, q)] + (size_t)i * problem->stride[q];
-            SIMD for (int j = 0; j < problem->stride[q]; j++) out[j] += row[j];
+            SIMD for (int j = 0; j < problem->stride[q]; j++)
+                out[j] += row[j];
         }
     }
 }
@@ -204,7 +206,8 @@ static void divide_table(const Problem *problem, int p, int q, double *table, do
 {
     const size_t entries = table_size(problem, p, q);
     const double share = 1 / total;
-    SIMD for (size_t n = 0; n < entries; n++) table[n] *= share;
+    SIMD for (size_t n = 0; n < entries; n++)
+        table[n] *= share;
 }
 
 /* Divide all marginals of two variables by Z. */
@@ -228,8 +231,10 @@ static int evaluate_triangle(Plan *plan, const double *x, double epsilon)
         other_factors(plan, e, NULL, table);
         const size_t entries = table_size(problem, e == 2, e == 0 ? 1 : 2);
         double top = 0, sum = 0;
-        SIMD_MAX(top) for (size_t n = 0; n < entries; n++) top = table[n] > top ? table[n] : top;
-        SIMD_SUM(sum) for (size_t n = 0; n < entries; n++) sum += table[n] *= own[n];
+        SIMD_MAX(top) for (size_t n = 0; n < entries; n++)
+            top = table[n] > top ? table[n] : top;
+        SIMD_SUM(sum) for (size_t n = 0; n < entries; n++)
+            sum += table[n] *= own[n];
         largest = top > largest ? top : largest;
         if (e == 0) total = sum;
     }
@@ -256,8 +261,7 @@ static double fill_entries(Plan *plan, const double *x, double epsilon)
         const double *restrict cost = plan->cost + r * width;
         double *restrict row = plan->entries + r * width;
         double here = -INFINITY;
-        SIMD_MAX(here) for (int j = 0; j < width; j++)
-        {
+        SIMD_MAX(here) for (int j = 0; j < width; j++) {
             const double exponent = base + across[j] - rate * cost[j];
             row[j] = exponent;
             here = exponent > here ? exponent : here;
@@ -282,14 +286,16 @@ static double sum_pairs(Plan *plan)
     for (size_t r = 0; r < rows; r++, next_row(problem, atoms)) {
         const double *restrict row = plan->entries + r * width;
         double sum = 0;
-        SIMD_SUM(sum) for (int j = 0; j < width; j++) sum += row[j];
+        SIMD_SUM(sum) for (int j = 0; j < width; j++)
+            sum += row[j];
         for (int p = 0; p < last; p++) {
             double *restrict out =
                 plan->pairs[pair_of(problem, p, last)] + (size_t)atoms[p] * width;
-            SIMD for (int j = 0; j < width; j++) out[j] += row[j];
+            SIMD for (int j = 0; j < width; j++)
+                out[j] += row[j];
             for (int q = p + 1; q < last; q++)
-                plan->pairs[pair_of(problem, p, q)][atoms[p] * problem->stride[q] + atoms[q]]
-                    += sum;
+                plan->pairs[pair_of(problem, p, q)][atoms[p] * problem->stride[q] + atoms[q]] +=
+                    sum;
         }
         total += sum;
     }
@@ -302,11 +308,13 @@ static int evaluate_dense(Plan *plan, const double *x, double epsilon)
     const size_t entries = entries_of(problem);
     const double top = fill_entries(plan, x, epsilon);
     double *restrict entry = plan->entries;
-    SIMD for (size_t n = 0; n < entries; n++) entry[n] = exp_of(entry[n] - top);
+    SIMD for (size_t n = 0; n < entries; n++)
+        entry[n] = exp_of(entry[n] - top);
     const double total = sum_pairs(plan);
     plan->log_total = log(total) + top;
     const double share = 1 / total;
-    SIMD for (size_t n = 0; n < entries; n++) entry[n] *= share;
+    SIMD for (size_t n = 0; n < entries; n++)
+        entry[n] *= share;
     divide_pairs(plan, total);
     read_singles(plan);
     return 1;

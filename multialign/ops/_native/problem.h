@@ -1,8 +1,8 @@
 /* One transport problem, of the atoms that have mass.
  *
- * A vector over all atoms holds one block a variable, padded to whole vectors: potentials x in units
- * of epsilon, marginals nu. Padding has mass 0. A table over variables p < q has rows of p and
- * padded columns of q.
+ * A vector over all atoms holds one block a variable, padded to whole vectors: potentials x in
+ * units of epsilon, marginals nu. Padding has mass 0. A table over variables p < q has rows of p
+ * and padded columns of q.
  */
 #ifndef MULTIALIGN_PROBLEM_H
 #define MULTIALIGN_PROBLEM_H
@@ -13,21 +13,21 @@
 enum { MAX_VARIABLES = 8, MAX_PAIRS = MAX_VARIABLES * (MAX_VARIABLES - 1) / 2 };
 
 typedef struct {
-    int count;                     /* of variables */
-    int size[MAX_VARIABLES];       /* atoms that have mass */
-    int stride[MAX_VARIABLES];     /* the same, padded */
-    int first[MAX_VARIABLES + 1];  /* where each block begins; at the end the length of all */
-    double *nu;                    /* the marginals */
-    double *root, *inverse_root;   /* sqrt(nu) and 1 / sqrt(nu), 0 in padding */
-    double *cost[MAX_PAIRS];       /* by pair_of; NULL where no cost acts; infinite in padding */
-    double *full;                  /* or a table over all variables, the last one padded */
+    int count;                    /* of variables */
+    int size[MAX_VARIABLES];      /* atoms that have mass */
+    int stride[MAX_VARIABLES];    /* the same, padded */
+    int first[MAX_VARIABLES + 1]; /* where each block begins; at the end the length of all */
+    double *nu;                   /* the marginals */
+    double *root, *inverse_root;  /* sqrt(nu) and 1 / sqrt(nu), 0 in padding */
+    double *cost[MAX_PAIRS];      /* by pair_of; NULL where no cost acts; infinite in padding */
+    double *full;                 /* or a table over all variables, the last one padded */
     double epsilon;
-    double deviation;              /* of the cost, under independent marginals */
-    double largest;                /* absolute value of a cost */
-    double least;                  /* of the masses */
-    int relaxed[MAX_VARIABLES];    /* whether a penalty stands for the constraint */
-    double rho[MAX_VARIABLES];     /* its weight */
-    int is_relaxed;                /* whether any is */
+    double deviation;           /* of the cost, under independent marginals */
+    double largest;             /* absolute value of a cost */
+    double least;               /* of the masses */
+    int relaxed[MAX_VARIABLES]; /* whether a penalty stands for the constraint */
+    double rho[MAX_VARIABLES];  /* its weight */
+    int is_relaxed;             /* whether any is */
 } Problem;
 
 /* The place of the pair p < q. */

@@ -50,7 +50,8 @@ static void begin_sweeps(Sweeps *sweeps, const double *x, double epsilon)
         const double shift = top < LOG_MAX / 2 ? 0 : top;
         /* A plan that has grown out of range by its constant alone is brought back. */
         double *restrict entry = plan->entries;
-        SIMD for (size_t n = 0; n < entries; n++) entry[n] = exp_of(entry[n] - shift);
+        SIMD for (size_t n = 0; n < entries; n++)
+            entry[n] = exp_of(entry[n] - shift);
         for (int n = 0; n < problem->stride[0]; n++) sweeps->start[n] -= shift;
     }
 }
@@ -67,7 +68,8 @@ static void sum_others(Sweeps *sweeps, int p, int q)
         other_factors(plan, e, ratio + problem->first[middle], table);
         const double *restrict own = plan->factor[e];
         const size_t entries = table_size(problem, p, q);
-        SIMD for (size_t n = 0; n < entries; n++) table[n] *= own[n];
+        SIMD for (size_t n = 0; n < entries; n++)
+            table[n] *= own[n];
         return;
     }
     const int last = problem->count - 1, width = problem->stride[last];
@@ -86,10 +88,12 @@ static void sum_others(Sweeps *sweeps, int p, int q)
             if (o != p && o != q) weight *= ratio[problem->first[o] + atoms[o]];
         if (q == last) {
             double *restrict out = table + (size_t)atoms[p] * width;
-            SIMD for (int j = 0; j < width; j++) out[j] += weight * row[j];
+            SIMD for (int j = 0; j < width; j++)
+                out[j] += weight * row[j];
         } else {
             double sum = 0;
-            SIMD_SUM(sum) for (int j = 0; j < width; j++) sum += row[j] * across[j];
+            SIMD_SUM(sum) for (int j = 0; j < width; j++)
+                sum += row[j] * across[j];
             table[atoms[p] * problem->stride[q] + atoms[q]] += weight * sum;
         }
     }
@@ -109,16 +113,19 @@ static void match(Sweeps *sweeps, int p, int q, int variable)
         for (int i = 0; i < rows; i++) {
             const double *restrict row = table + (size_t)i * width;
             double sum = 0;
-            SIMD_SUM(sum) for (int j = 0; j < width; j++) sum += row[j] * given[j];
+            SIMD_SUM(sum) for (int j = 0; j < width; j++)
+                sum += row[j] * given[j];
             out[i] = sum;
         }
     } else {
         const double *restrict given = sweeps->ratio + problem->first[p];
-        SIMD for (int j = 0; j < width; j++) out[j] = 0;
+        SIMD for (int j = 0; j < width; j++)
+            out[j] = 0;
         for (int i = 0; i < rows; i++) {
             const double *restrict row = table + (size_t)i * width;
             const double factor_of = given[i];
-            SIMD for (int j = 0; j < width; j++) out[j] += row[j] * factor_of;
+            SIMD for (int j = 0; j < width; j++)
+                out[j] += row[j] * factor_of;
         }
     }
     for (int n = 0; n < size; n++) out[n] = sweeps->constant * nu[n] / out[n];

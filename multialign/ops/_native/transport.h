@@ -11,11 +11,11 @@ enum { SOLVED = 0, STOPPED = 1, LEFT = 2 };
 typedef struct {
     int64_t batch, count;
     int64_t size[MAX_VARIABLES];
-    const void *cost[MAX_PAIRS];          /* by pair; NULL where no cost acts */
-    const void *full;                     /* or one over all variables */
+    const void *cost[MAX_PAIRS]; /* by pair; NULL where no cost acts */
+    const void *full;            /* or one over all variables */
     const void *marginal[MAX_VARIABLES];
     const double *epsilon;
-    const double *rho[MAX_VARIABLES];     /* NULL for a hard constraint */
+    const double *rho[MAX_VARIABLES]; /* NULL for a hard constraint */
     int64_t single;
     int64_t prepared;  /* marginals are normalised and costs centred; infinity forbids */
     int64_t by_sweeps; /* plain sweeps, no Newton steps */
@@ -23,12 +23,12 @@ typedef struct {
     int64_t max_iterations;
     double tolerance;
     /* Results; those that are not wanted are NULL. */
-    double *potentials, *offsets;         /* all blocks one after another */
+    double *potentials, *offsets; /* all blocks one after another */
     double *value, *transport_cost, *error;
     int64_t *iterations, *status;
-    double *marginal_gradient;            /* of value */
+    double *marginal_gradient; /* of value */
     double *pairs[MAX_PAIRS];
-    const double *candidate;              /* potentials in cost units, taken where better; or NULL */
+    const double *candidate; /* potentials in cost units, taken where better; or NULL */
 } Call;
 
 /* The way back: of the sum of pairs and transport_cost with these weights, the gradient with
@@ -42,11 +42,11 @@ typedef struct {
     Problem problem;
     Arena arena;
     void *storage;
-    int *present[MAX_VARIABLES];     /* the places of atoms that have mass */
-    int is_out[MAX_VARIABLES];       /* whether a marginal has no mass at all */
+    int *present[MAX_VARIABLES]; /* the places of atoms that have mass */
+    int is_out[MAX_VARIABLES];   /* whether a marginal has no mass at all */
     double mass[MAX_VARIABLES];
-    double *offset;                  /* of costs, by atom */
-    size_t begins[MAX_VARIABLES + 1];/* where each block begins among all atoms */
+    double *offset;                   /* of costs, by atom */
+    size_t begins[MAX_VARIABLES + 1]; /* where each block begins among all atoms */
 } Loaded;
 
 static double read_number(const void *numbers, int single, size_t n)
@@ -148,8 +148,7 @@ static double load_table(const Loaded *loaded, const Call *call, const void *fro
         for (int j = 0; j < stride; j++) {
             double cost = INFINITY;
             if (j < problem->size[q]) {
-                cost = blank ? 0
-                             : read_number(from, call->single, row + loaded->present[q][j]);
+                cost = blank ? 0 : read_number(from, call->single, row + loaded->present[q][j]);
                 if (!(cost > -INFINITY)) return NAN;
                 largest = fmax(largest, fabs(cost));
             }
@@ -173,8 +172,7 @@ static double load_full(const Loaded *loaded, const Call *call, size_t b, double
     double largest = 0;
     for (size_t r = 0; r < rows_of(problem); r++, next_row(problem, atoms)) {
         size_t row = 0;
-        for (int p = 0; p < last; p++)
-            row = row * call->size[p] + loaded->present[p][atoms[p]];
+        for (int p = 0; p < last; p++) row = row * call->size[p] + loaded->present[p][atoms[p]];
         for (int j = 0; j < stride; j++) {
             double cost = INFINITY;
             if (j < problem->size[last]) {
@@ -201,9 +199,9 @@ static void centre_table(Loaded *loaded, int p, int q, double *cost, double *mea
         double *restrict row = cost + (size_t)i * stride;
         const double weight = problem->nu[problem->first[p] + i];
         double sum = 0;
-        SIMD_SUM(sum) for (int j = 0; j < columns; j++) sum += row[j] * across[j];
-        SIMD for (int j = 0; j < columns; j++)
-        {
+        SIMD_SUM(sum) for (int j = 0; j < columns; j++)
+            sum += row[j] * across[j];
+        SIMD for (int j = 0; j < columns; j++) {
             means[j] += weight * row[j];
             row[j] -= sum;
         }
@@ -212,11 +210,11 @@ static void centre_table(Loaded *loaded, int p, int q, double *cost, double *mea
     }
     for (int i = 0; i < rows; i++) {
         double *restrict row = cost + (size_t)i * stride;
-        SIMD for (int j = 0; j < columns; j++) row[j] -= means[j] - mean;
+        SIMD for (int j = 0; j < columns; j++)
+            row[j] -= means[j] - mean;
         loaded->offset[problem->first[p] + i] -= mean / 2;
     }
-    for (int j = 0; j < columns; j++)
-        loaded->offset[problem->first[q] + j] += means[j] - mean / 2;
+    for (int j = 0; j < columns; j++) loaded->offset[problem->first[q] + j] += means[j] - mean / 2;
 }
 
 /* The same of a table over all variables. */
@@ -588,8 +586,8 @@ EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
 }
 
 /* Read a table of weights of the atoms that are there; padding is 0. */
-static void load_weights(const Loaded *loaded, const Call *call, const double *from, size_t b, int p,
-                         int q, double *out)
+static void load_weights(const Loaded *loaded, const Call *call, const double *from, size_t b,
+                         int p, int q, double *out)
 {
     const Problem *problem = &loaded->problem;
     const size_t columns = call->size[q], start = b * call->size[p] * columns;
@@ -720,8 +718,7 @@ static int write_gradients(Loaded *loaded, const Call *call, const Weights *weig
                     *weight = -*weight;
                     if (q == p + 1) *weight += multiplier[problem->first[q] + j];
                     if (p == 0 && q == 1) *weight += multiplier[i];
-                    if (j == problem->size[q] - 1)
-                        weight += problem->stride[q] - problem->size[q];
+                    if (j == problem->size[q] - 1) weight += problem->stride[q] - problem->size[q];
                 }
         }
     sum_weighted(&plan, table, sums, storage);
