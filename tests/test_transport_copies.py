@@ -145,9 +145,7 @@ def test_a_divergence_takes_self_terms_of_one_variable(count, monkeypatch):
     monkeypatch.setattr(copies.Copies, "__init__", lambda *a: made.append(1) or create(*a))
     clouds = [torch.randn(5, 2) + m for m in range(count)]
     epsilon, edges = 0.7, list(combinations(range(count), 2))
-    loss = multi_marginal_sinkhorn_loss(
-        clouds, epsilon=epsilon, tolerance=1e-10, backend="torch"
-    )
+    loss = multi_marginal_sinkhorn_loss(clouds, epsilon=epsilon, tolerance=1e-10, backend="torch")
     assert made
 
     def value(points):

@@ -34,6 +34,8 @@ class Solved(NamedTuple):
     """`(B, S)`: the gradient of `value` by marginals as they are given, not normalised."""
     pairs: list[Tensor]
     """The plan's marginals of all pairs of variables, `(B, K_i, K_j)` each."""
+    has_blank: bool
+    """Whether some marginal has no mass, so that its costs count nothing."""
 
 
 def solve_small(
@@ -93,7 +95,11 @@ def solve_small(
             rho={p: one.contiguous() for p, one in (rho or {}).items()},
             prepared=True,
         )
-        return None if bool((status == _native.LEFT).any()) else (potentials, iterations)
+        return (
+            None
+            if bool((status % _native.BLANK == _native.LEFT).any())
+            else (potentials, iterations)
+        )
     if backend != "triton" or rho or by_sweeps:
         return None
     from multialign.ops import _triton
@@ -117,7 +123,7 @@ def fits_whole(sizes: Sequence[int], backend: Implementation) -> bool:
 
 
 def solve_whole(
-    costs: Mapping[tuple[int, int], Tensor],
+    costs: Mapping[tuple[int, ...], Tensor],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
     tolerance: float,
@@ -149,7 +155,7 @@ def solve_whole(
     atoms = sum(sizes)
     solved = Solved(
         make(atoms), make(dtype=torch.int64), make(), make(atoms), make(), make(), make(atoms),
-        [make(sizes[p], sizes[q]) for p, q in combinations(range(len(sizes)), 2)],
+        [make(sizes[p], sizes[q]) for p, q in combinations(range(len(sizes)), 2)], False,
     )  # fmt: skip
     status = make(dtype=torch.int64)
     _native.solve(
@@ -173,13 +179,17 @@ def solve_whole(
         symmetric=symmetric,
         candidate=candidate,
     )
-    if status.any() and bool(((status != 0) & (solved.error.isfinite() | (status == 2))).any()):
+    if not status.any():
+        return solved
+    blank, status = status >= _native.BLANK, status % _native.BLANK
+    # What is not finite is the result for input that is not.
+    if bool(((status == _native.LEFT) | ((status != 0) & solved.error.isfinite())).any()):
         return None
-    return solved
+    return solved._replace(has_blank=bool(blank.any()))
 
 
 def whole_gradients(
-    costs: Mapping[tuple[int, int], Tensor],
+    costs: Mapping[tuple[int, ...], Tensor],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
     potentials: Tensor,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from multialign.ops import Solved, choose_backend, fits_whole, solve_whole, whole_gradients
-from multialign.transport.implicit import FirstOnly
+from multialign.transport.elimination import Scope
+from multialign.transport.implicit import first_only
 from multialign.transport.options import SolverOptions, default_tolerance
 from multialign.transport.prepare import Arguments, prepare
 from multialign.transport.problem import Problem
@@ -127,7 +128,7 @@ class _DirectSolution(TransportSolution):
     @property
     def _given(self) -> _Given:
         costs, marginals, *_ = self._arguments
-        return _Given(list(costs), len(marginals), self._dtype)
+        return _Given(list(costs), len(marginals), self._solved.has_blank)
 
     def _is_recorded(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self._inputs)
@@ -175,19 +176,19 @@ class _DirectSolution(TransportSolution):
 class _Given(NamedTuple):
     """What the way back has to know of the arguments beside their tensors."""
 
-    edges: list[tuple[int, ...]]
-    count: int
-    """Of the marginals."""
-    dtype: torch.dtype
-    """Of the results."""
+    edges: list[Scope]
+    modalities: int
+    """How many marginals there are."""
+    has_blank: bool
+    """Whether some marginal has no mass."""
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Return potentials, offsets, value, transport cost, by_marginals, pairs; arguments."""
-        fixed = 5 + self.count * (self.count - 1) // 2
+        fixed = 5 + self.modalities * (self.modalities - 1) // 2
         results, inputs = tensors[:fixed], tensors[fixed:]
         costs = dict(zip(self.edges, inputs, strict=False))
         marginals, epsilon = list(inputs[len(costs) : -1]), inputs[-1]
-        rho: list[float | None] = [None] * self.count
+        rho: list[float | None] = [None] * self.modalities
         arguments = Arguments(costs, marginals, epsilon, epsilon.shape, rho)
         return (*results[:5], results[5:], arguments)
 
@@ -211,18 +212,22 @@ class _Value(torch.autograd.Function):
             alias = arguments.map(lambda x: x.view_as(x))
             value = _read_again(alias, potentials).value
             recorded = [x for x in alias.tensors() if x.requires_grad]
-            found = iter(torch.autograd.grad(value, recorded, grad.double(), create_graph=True))
-            grads = [next(found) if x.requires_grad else None for x in alias.tensors()]
+            made = iter(torch.autograd.grad(value, recorded, grad.double(), create_graph=True))
+            grads = [next(made) if x.requires_grad else None for x in alias.tensors()]
             return (None, None, *[None] * (5 + len(pairs)), *grads)
         weight = grad.double().reshape(-1, 1)
         sizes = [marginal.shape[-1] for marginal in arguments.marginals]
-        places = list(combinations(range(given.count), 2))
+        places: list[Scope] = list(combinations(range(given.modalities), 2))
         by_costs = [pairs[places.index(edge)] * weight.unsqueeze(-1) for edge in given.edges]
+        if given.has_blank:
+            masses = [marginal.reshape(len(weight), -1).sum(-1) for marginal in arguments.marginals]
+            for edge, g in zip(given.edges, by_costs, strict=True):
+                g[(masses[edge[0]] == 0) | (masses[edge[1]] == 0)] = 0.0
         blocks = (by_marginals * weight).split(sizes, -1)
         by_epsilon = ((value - cost).unsqueeze(-1) * weight).view_as(arguments.epsilon)
-        grads = [*by_costs, *blocks, by_epsilon / arguments.epsilon]
-        grads = [g.view(x.shape).to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
-        return (None, None, *[None] * (5 + len(pairs)), *grads)
+        found = [*by_costs, *blocks, by_epsilon / arguments.epsilon]
+        shaped = [g.view(x.shape).to(x.dtype) for g, x in zip(found, inputs, strict=True)]
+        return (None, None, *[None] * (5 + len(pairs)), *shaped)
 
 
 class _Read(torch.autograd.Function):
@@ -261,7 +266,7 @@ class _Read(torch.autograd.Function):
             results = [g.reshape(x.shape).to(x.dtype) for g, x in zip(results, inputs, strict=True)]
         if torch.is_grad_enabled():
             others = [g for g in grads if g is not None]
-            results = [FirstOnly.apply(g, *others, *inputs) for g in results]
+            results = [first_only(g, *others, *inputs) for g in results]
         return (None, *[None] * (5 + len(pairs)), *results)
 
 

@@ -34,7 +34,7 @@ from multialign.transport.elimination import (
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.problem import Problem, unflatten_problem
 
-__all__ = ["FirstOnly", "attach", "dual_value", "log_total", "read_marginals"]
+__all__ = ["attach", "dual_value", "first_only", "log_total", "read_marginals"]
 
 # Added to the unit diagonal of the scaled Hessian: where the plan is a permutation up to rounding,
 # potentials are not determined, and this keeps their gradient finite.
@@ -241,7 +241,7 @@ class _Marginals(torch.autograd.Function):
         with torch.no_grad():
             found = _marginals_backward(factors, ctx.edges, ctx.scopes, list(grads))
         if torch.is_grad_enabled():
-            found = [FirstOnly.apply(derivative, *grads, *factors) for derivative in found]
+            found = [first_only(derivative, *grads, *factors) for derivative in found]
         return None, None, *found
 
 
@@ -278,11 +278,11 @@ class _Solve(torch.autograd.Function):
         with torch.no_grad():
             solution = _Solve.forward(*ctx.how, grad, *saved)
         if torch.is_grad_enabled():
-            solution = FirstOnly.apply(solution, grad, *saved)
+            solution = first_only(solution, grad, *saved)
         return *[None] * 5, solution, *[None] * len(saved)
 
 
-class FirstOnly(torch.autograd.Function):
+class _FirstOnly(torch.autograd.Function):
     """A derivative that depends on `others` in a way that is not kept.
 
     Taken as a constant, it would make a second derivative wrong in silence.
@@ -305,6 +305,12 @@ class FirstOnly(torch.autograd.Function):
             "derivatives only, and its value has first and second ones; use value, which is the "
             'objective="regularized" of prototype_alignment_loss'
         )
+
+
+def first_only(derivative: Tensor, *others: Tensor) -> Tensor:
+    """Return a derivative that depends on `others`; its own derivative raises."""
+    guarded: Tensor = _FirstOnly.apply(derivative, *others)
+    return guarded
 
 
 def _flat(scopes: Sequence[Scope]) -> list[int]:

@@ -141,9 +141,7 @@ def solve(
     """
     if dtype is None:
         dtype = arguments.marginals[0].dtype
-    found = solve_directly(
-        arguments, options, dtype, symmetric=symmetric, candidate=candidate
-    )
+    found = solve_directly(arguments, options, dtype, symmetric=symmetric, candidate=candidate)
     if found is not None:
         return found
     with full_precision(arguments.epsilon):

@@ -6,9 +6,10 @@ from multialign.ops._native.library import (
     instruction_sets,
     native_function,
 )
-from multialign.ops._native.transport import LEFT, fits, read_gradients, solve
+from multialign.ops._native.transport import BLANK, LEFT, fits, read_gradients, solve
 
 __all__ = [
+    "BLANK",
     "LEFT",
     "core_state",
     "fits",

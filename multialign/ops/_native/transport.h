@@ -4,7 +4,8 @@
 
 #include "newton.h"
 
-enum { SOLVED = 0, STOPPED = 1, LEFT = 2 };
+/* BLANK is added where a marginal has no mass: its costs count nothing. */
+enum { SOLVED = 0, STOPPED = 1, LEFT = 2, BLANK = 4 };
 
 /* The arguments of a call; library.py has the same fields. Tensors are contiguous, the batch first;
  * costs and marginals are double or, if `single`, float. */
@@ -540,6 +541,13 @@ static int make_loaded(Loaded *loaded, const Call *call)
     return 1;
 }
 
+static int is_blank(const Loaded *loaded)
+{
+    for (int p = 0; p < loaded->problem.count; p++)
+        if (loaded->is_out[p]) return 1;
+    return 0;
+}
+
 /* Solve problems begin <= b < end of the batch. */
 EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
 {
@@ -580,7 +588,7 @@ EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
         } else if (status == STOPPED) {
             write_constant(call, b, NAN);
         }
-        call->status[b] = status;
+        call->status[b] = status | (status != LEFT && is_blank(&loaded) ? BLANK : 0);
     }
     free(loaded.storage);
 }
@@ -733,6 +741,8 @@ static int write_gradients(Loaded *loaded, const Call *call, const Weights *weig
                 if (problem->cost[e][n] < INFINITY) by_epsilon -= sums[e][n] * problem->cost[e][n];
                 sums[e][n] = sums[e][n] / epsilon + of_cost * plan.pairs[e][n];
             }
+            if (loaded->is_out[p] || loaded->is_out[q])
+                memset(sums[e], 0, entries * sizeof(double));
             if (weights->cost[e]) write_table(loaded, call, b, p, q, sums[e], weights->cost[e]);
         }
     if (weights->epsilon) weights->epsilon[b] = by_epsilon / (epsilon * epsilon);

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multialign.ops._native.library import native_function
 
-__all__ = ["LEFT", "fits", "read_gradients", "solve"]
+__all__ = ["BLANK", "LEFT", "fits", "read_gradients", "solve"]
 
 # As in problem.h.
 _MAX_VARIABLES = 8
@@ -30,8 +30,10 @@ _ENTRIES_PER_THREAD = 2**15
 
 _Pairs = ctypes.c_void_p * _MAX_PAIRS
 _Blocks = ctypes.c_void_p * _MAX_VARIABLES
-# The status of a problem that the core has not solved.
+# The status of a problem that the core has left, and what is added to that of one with a marginal
+# without mass.
 LEFT = 2
+BLANK = 4
 
 
 class _Call(ctypes.Structure):
@@ -197,7 +199,7 @@ def _run(name: str, call: _Call, *more: Any) -> None:
         _executor(threads).submit(
             function, ctypes.byref(call), *more, ctypes.c_int64(begin), ctypes.c_int64(end)
         )
-        for begin, end in zip(ends, ends[1:], strict=False)
+        for begin, end in pairwise(ends)
     ]
     for task in tasks:
         task.result()
