@@ -3,6 +3,9 @@
 None depends on torch's default dtype or device. A generator draws on its own device, so that one on
 the CPU serves data anywhere. Without one no `generator` is passed at all, since torch.compile with
 dynamic shapes refuses even None.
+
+A checkpoint keeps the state of torch's own generator for its recomputation. A generator given by
+the user has moved on by then, and the gradient would be that of another draw.
 """
 
 from __future__ import annotations
@@ -36,5 +39,11 @@ def _draw(
     if generator is None:
         drawn = function(*shape, dtype=like.dtype, device=like.device)
         return drawn
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        raise RuntimeError(
+            "a generator of your own cannot draw the same numbers again in the backward pass, as "
+            "torch.utils.checkpoint asks it to. Give no generator, or call the loss outside of the "
+            "function that is checkpointed"
+        )
     drawn = function(*shape, generator=generator, dtype=like.dtype, device=generator.device)
     return drawn.to(like.device)

@@ -99,6 +99,7 @@ def mmd_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong, or "unbiased" meets N < 2.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        RuntimeError: :func:`torch.utils.checkpoint.checkpoint` repeats a draw from `generator`.
         MemoryError: The distances of "median", over the batch, are more than 2^28 entries.
 
     Warns:

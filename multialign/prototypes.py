@@ -182,6 +182,7 @@ def prototype_alignment_loss(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        RuntimeError: :func:`torch.utils.checkpoint.checkpoint` repeats a draw from `generator`.
         MemoryError: With "full" or "tied", batch N K D or batch K^2 D^2 is more than 2^28 entries.
 
     Warns:

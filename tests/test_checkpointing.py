@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from multialign import multi_marginal_sinkhorn, prototype_alignment_loss, squared_euclidean_cost
-from tests.losses import FUNCTIONS, clusters
+from multialign import (
+    fit_gaussian_mixture,
+    multi_marginal_sinkhorn,
+    prototype_alignment_loss,
+    squared_euclidean_cost,
+)
+from tests.losses import FUNCTIONS, VARIANTS, clusters
 
 # Of more than 2^16 pairs, kernel matrices are streamed; of so many atoms, plans are not built.
 SIZES = [6, 300]
@@ -88,3 +93,47 @@ def test_seeds_drawn_by_torchs_own_generator_are_drawn_again(reentrant):
     torch.testing.assert_close(again, plain)
     torch.manual_seed(2)
     assert not torch.isclose(call(*features), plain[0])
+
+
+# Those that take a generator, and whether they draw at all.
+DRAWING = {
+    name: loss.seeds or loss.options.get("estimator") == "random_features"
+    for name, loss in VARIANTS.items()
+    if loss.takes("generator")
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_generator_of_ones_own_is_refused_where_it_would_draw_again(name, reentrant):
+    features = clusters([6, 6])
+    generator = torch.Generator().manual_seed(0)
+    module = VARIANTS[name].sized(features).given(em_iterations=1).make(generator=generator)
+
+    def call(*x):
+        return module(list(x))
+
+    if not DRAWING[name]:
+        plain, again = (gradients(call, features, kind) for kind in (None, reentrant))
+        torch.testing.assert_close(again, plain)
+        return
+    inputs = [x.requires_grad_() for x in features]
+    with pytest.raises(RuntimeError, match="in the backward pass, as torch.utils.checkpoint"):
+        checkpoint(call, *inputs, use_reentrant=reentrant).backward()
+    assert all(x.grad is None for x in inputs)
+
+
+@kinds
+@pytest.mark.parametrize("draw", ["fit", "sample"])
+def test_a_mixtures_generator_is_refused_where_it_would_draw_again(draw, reentrant):
+    generator = torch.Generator().manual_seed(0)
+
+    def call(x):
+        mixture = fit_gaussian_mixture(x, 2, generator=generator if draw == "fit" else None)
+        if draw == "sample":
+            x = mixture.sample(3, generator=generator)
+        return mixture.log_prob(x).sum()
+
+    x = torch.randn(8, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="in the backward pass, as torch.utils.checkpoint"):
+        checkpoint(call, x, use_reentrant=reentrant).backward()

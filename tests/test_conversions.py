@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from multialign import (
+    MultiMarginalSinkhornLoss,
     bures_wasserstein_cost,
     mmd_loss,
     multi_marginal_sinkhorn,
@@ -25,6 +26,7 @@ from multialign import (
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "conversions.rst"
 EPSILON = 1.3
+RHO = 2.0
 # geomloss takes one sweep at each of a falling sequence of blurs. These 500 are equal to 1e-9, so
 # that it converges.
 STEPS = {"scaling": 1 - 1e-12, "backend": "tensorized"}
@@ -83,6 +85,21 @@ def potential_pairs(problem, theirs, ours):
     yield total, sum((w * f).sum() for w, f in zip(problem.weights, ours))
 
 
+def relaxed_solution(problem):
+    """Return the solution with penalised marginals."""
+    return multi_marginal_sinkhorn(
+        problem.costs, problem.weights, EPSILON, marginal_relaxation=RHO, tolerance=1e-11
+    )
+
+
+def relaxed_loss(problem):
+    """Return the solution whose value is the loss with penalised marginals."""
+    loss = MultiMarginalSinkhornLoss(
+        epsilon=EPSILON, debias=False, marginal_relaxation=RHO, tolerance=1e-11
+    )
+    return loss.solve(problem.points, problem.weights)
+
+
 # -- geomloss -------------------------------------------------------------------------------------
 
 
@@ -109,6 +126,12 @@ def geomloss_distance():
     theirs = problem.geomloss(p=1, blur=EPSILON, debias=False) - EPSILON * problem.entropy
     distances = {(0, 1): torch.cdist(*problem.points)}
     yield theirs, problem.solve(costs=distances).value
+
+
+def geomloss_unbalanced():
+    problem = Problem()
+    theirs = 2 * problem.geomloss(debias=False, reach=(RHO / 2) ** 0.5)
+    yield theirs, relaxed_loss(problem).value
 
 
 def geomloss_mmd():
@@ -203,6 +226,18 @@ def jax_in_float64():
     jax.config.update("jax_enable_x64", before)
 
 
+def pot_unbalanced():
+    problem = Problem()
+    a, b, cost = problem.arrays()
+    options = {"numItermax": 100_000, "stopThr": 1e-14}
+    for kind, solve in (("entropy", relaxed_solution), ("kl", relaxed_loss)):
+        ours = solve(problem)
+        theirs = ot.unbalanced.sinkhorn_unbalanced(
+            a, b, cost, EPSILON, RHO, reg_type=kind, **options
+        )
+        yield theirs, ours.pairwise_marginal(0, 1)
+
+
 def ott_points(problem):
     from jax import numpy as jnp
 
@@ -218,6 +253,18 @@ def ott_sinkhorn(**options):
     points, weights = ott_points(Problem())
     geometry = PointCloud(*points, **options)
     return Sinkhorn(threshold=1e-10)(LinearProblem(geometry, *weights))
+
+
+def ott_unbalanced():
+    from ott.geometry.pointcloud import PointCloud
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    problem, tau = Problem(), RHO / (RHO + EPSILON)
+    points, weights = ott_points(problem)
+    task = LinearProblem(PointCloud(*points, epsilon=EPSILON), *weights, tau_a=tau, tau_b=tau)
+    output = Sinkhorn(threshold=1e-10)(task)
+    yield output.matrix, relaxed_solution(problem).pairwise_marginal(0, 1)
 
 
 def ott_plan():
@@ -331,6 +378,7 @@ ROWS = {
     "geomloss, value": geomloss_transport,
     "geomloss, potentials": geomloss_potentials,
     "geomloss, distances": geomloss_distance,
+    "geomloss, unbalanced": geomloss_unbalanced,
     "geomloss, MMD": geomloss_mmd,
     "POT, plan": pot_plan,
     "POT, transport cost": pot_cost,
@@ -340,6 +388,7 @@ ROWS = {
     "POT, entropy value": pot_entropy,
     "POT, linear value": pot_linear,
     "POT, divergence": pot_divergence,
+    "POT, unbalanced": pot_unbalanced,
     "POT, Gaussians": pot_gaussians,
     "OTT, plan": ott_plan,
     "OTT, potentials": ott_potentials,
@@ -347,6 +396,7 @@ ROWS = {
     "OTT, entropy value": ott_entropy,
     "OTT, transport cost": ott_cost,
     "OTT, divergence": ott_divergence,
+    "OTT, unbalanced": ott_unbalanced,
     "OTT, default epsilon": ott_default,
     "OTT, relative epsilon": ott_relative,
     "OTT, scaled cost": ott_scaled,
@@ -361,6 +411,7 @@ def test_row(title, request):
         request.getfixturevalue("jax_in_float64")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the peers'
+        warnings.filterwarnings("ignore", "If reg_type = entropy", UserWarning)  # POT's
         pairs = list(ROWS[title]())
     assert pairs
     for theirs, ours in pairs:

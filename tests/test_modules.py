@@ -305,24 +305,40 @@ def test_recomputation_with_momentum_is_refused(use_reentrant):
 
 
 @pytest.mark.transforms
-def test_compiles_from_the_first_call_on():
+@pytest.mark.parametrize(
+    ("dtype", "dynamic"),
+    [
+        # Tracing is slow: the other dtypes and sizes as symbols are for the long runs.
+        pytest.param(dtype, dynamic, marks=[] if regular else pytest.mark.long)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for dynamic in (None, True)
+        for regular in [dtype == torch.float64 and dynamic is None]
+    ],
+    ids=str,
+)
+def test_compiles_from_the_first_call_on(dtype, dynamic):
     torch.compiler.reset()
-    features = clusters([8, 8])
+    features = [x.to(dtype) for x in clusters([8, 8])]
     module = PrototypeAlignmentLoss(
         2, momentum=0.5, num_features=2, num_modalities=2, em_iterations=1
-    )
+    ).to(dtype)
     compiled = copy.deepcopy(module)
-    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     bad = [torch.full_like(x, torch.nan) for x in features]
-    for batch in (bad, features, [x + 1 for x in features], bad):
+    last = [x[:6] for x in features]
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    if dtype != torch.float64:
+        close = {"rtol": 1e-4 + 4 * torch.finfo(dtype).eps, "atol": 1e-4}
+    for batch in (bad, features, [x + 1 for x in features], last, bad):
         batch = [x.requires_grad_() for x in batch]
-        torch.testing.assert_close(
-            evaluate(call, batch), evaluate(module, batch), equal_nan=True, rtol=1e-6, atol=1e-8
-        )
-        torch.testing.assert_close(compiled.state_dict(), module.state_dict())
-    assert module.prototypes[0].num_batches_tracked == 2
+        values = [evaluate(loss, batch) for loss in (call, module)]
+        torch.testing.assert_close(*values, equal_nan=True, **close)
+        if values[0].isfinite():
+            torch.testing.assert_close(*(torch.autograd.grad(v, batch) for v in values), **close)
+        torch.testing.assert_close(compiled.state_dict(), module.state_dict(), **close)
+    assert module.prototypes[0].num_batches_tracked == 3
     compiled.eval()
-    torch.testing.assert_close(evaluate(call, features), evaluate(module.eval(), features))
+    torch.testing.assert_close(evaluate(call, features), evaluate(module.eval(), features), **close)
 
 
 def test_what_a_running_mixture_needs_is_named():

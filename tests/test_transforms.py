@@ -97,7 +97,7 @@ def _assert_compiles_alike(module, compiled, features, weights, **tolerance):
 def test_compiles_without_a_break(name, dtype):
     torch.compiler.reset()  # numbers that differ from an earlier entry's would become symbols
     features, weights = _inputs(6, dtype)
-    module = MODULES[name].sized(features).make()
+    module = MODULES[name].sized(features).make().to(dtype)
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     tolerance = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float64 else {}
     if dtype != torch.float64:  # float32 inside; gradients in the dtype of the features
@@ -125,6 +125,28 @@ def test_a_last_batch_of_another_size(name, dynamic):
     for size in (9, 7):
         features, weights = _inputs(size, torch.float32)
         _assert_compiles_alike(module, compiled, features, weights, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.transforms
+@pytest.mark.parametrize(
+    "name", [_maybe_long(name != "prototypes", name, id=name) for name in MODULES]
+)
+def test_two_calls_in_one_graph_of_dynamic_shapes(name):
+    """What the first call makes a symbol of must be known in the second one."""
+    torch.compiler.reset()
+    features, weights = _inputs(7)
+    module = MODULES[name].given(em_iterations=1).sized(features).make()
+
+    def twice(features, weights):
+        return module(features, weights) + module([2 * x for x in features], weights)
+
+    state = copy.deepcopy(module.state_dict())
+    values = []
+    for call in (torch.compile(twice, fullgraph=True, backend="eager", dynamic=True), twice):
+        module.load_state_dict(state)
+        torch.manual_seed(0)
+        values.append(call(features, weights))
+    torch.testing.assert_close(*values)
 
 
 SCALARS = {

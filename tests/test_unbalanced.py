@@ -355,3 +355,33 @@ def test_a_debiased_form_is_refused():
         multi_marginal_sinkhorn_loss([x, x], marginal_relaxation=1.0)
     with pytest.raises(ValueError, match="marginal_relaxation needs debias=False"):
         MultiMarginalSinkhornLoss(marginal_relaxation=1.0)
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+@pytest.mark.parametrize("cost", [math.inf, 1e12])
+def test_an_atom_that_no_plan_can_reach_is_paid_for(method, cost):
+    """As without it, and its mass times rho: the divergence of nothing from its mass."""
+    rho, options = 0.7, {"method": method, "tolerance": 1e-9}
+    reached = torch.rand(3, 2)
+    a, b = torch.rand(3) + 0.2, (torch.rand(3) + 0.2).requires_grad_()
+    table = torch.cat([reached, torch.full((3, 1), cost)], -1).requires_grad_()
+    found = solve({(0, 1): table}, [a, b], 0.1, rho, **options)
+    expected = solve({(0, 1): reached}, [a, b[:2]], 0.1, rho, **options)
+    assert found.converged
+    torch.testing.assert_close(found.value, expected.value + rho * b[2], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found.plan()[:, :2], expected.plan(), rtol=1e-6, atol=1e-8)
+    assert (found.plan()[:, 2] <= 1e-200).all()
+    by_cost, by_mass = torch.autograd.grad(found.value, [table, b])
+    assert (by_cost[:, 2] == 0).all()
+    assert by_cost.isfinite().all()
+    torch.testing.assert_close(by_mass[2], torch.tensor(rho))
+
+
+@pytest.mark.parametrize("method", ["newton", "sinkhorn"])
+def test_a_plan_of_nothing(method):
+    """Every cost is far above rho, or forbidden: the value is epsilon and all penalties."""
+    for cost in (30.0, math.inf):
+        costs = {pair: torch.full((2, 2), cost) for pair in [(0, 1), (1, 2)]}
+        found = solve(costs, [torch.ones(2)] * 3, 1e-3, 1e-2, method=method)
+        assert found.converged
+        torch.testing.assert_close(found.value, torch.tensor(1e-3 + 3 * 2 * 1e-2))

@@ -37,7 +37,7 @@ class Ending(NamedTuple):
     iterations: Tensor
     """`(*batch)`."""
     converged: Tensor
-    """`(*batch)`: whether it stopped by the tolerance, which with tolerance 0 none does."""
+    """`(*batch)`: whether it stopped by the tolerance, which without one none does."""
 
 
 def fit_standard(
@@ -55,9 +55,9 @@ def fit_standard(
     with torch.no_grad():
         before, ending = _iterate(data, start, options, iterations - 1, tolerance)
         before = _detach(before)
-    after, _ = _iterate(data, before, options, 1, 0.0)
+    after, _ = _iterate(data, before, options, 1, None)
     ended = Ending(ending.iterations + 1, ending.converged)
-    if tolerance == 0:
+    if tolerance is None:
         return after, ended
     # At a fixed point t = F(t, x) the derivative is that of F by x and, through t, itself: a
     # geometric series, whose terms fall as fast as EM converged. Each round adds one.
@@ -137,7 +137,11 @@ def _choose(data: Standardised, start: Parameters, options: FitOptions) -> Plain
 
 
 def _iterate(
-    data: Standardised, start: Parameters, options: FitOptions, iterations: int, tolerance: float
+    data: Standardised,
+    start: Parameters,
+    options: FitOptions,
+    iterations: int,
+    tolerance: float | None,
 ) -> tuple[Parameters, Ending]:
     """Return the mixture after EM, and how it ended."""
     if _by_moments(data, start, options):
@@ -159,7 +163,7 @@ def _loop(
     data: Standardised,
     options: FitOptions,
     iterations: int,
-    tolerance: float,
+    tolerance: float | None,
 ) -> tuple[Any, Ending]:
     """Return the E-step before the last M-step, and how EM ends after that."""
     state: Any
@@ -170,8 +174,8 @@ def _loop(
     for count in range(1, iterations + 1):
         if count > 1:
             updated, log_densities = em.step(state)
-            state = updated if tolerance == 0 else select(done, state, updated)
-        if tolerance == 0:
+            state = updated if tolerance is None else select(done, state, updated)
+        if tolerance is None:
             continue
         likelihood = (data.mass * log_densities.detach().logsumexp(-1)).sum(-1).detach()
         (likelihood,) = options.ranks.sum([likelihood])

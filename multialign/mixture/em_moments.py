@@ -32,8 +32,6 @@ from multialign.mixture.parameters import Parameters, PosteriorMoments, Standard
 __all__ = ["SMALLEST_FLOOR", "em_by_moments", "log_joint_by_moments"]
 
 SMALLEST_FLOOR = 1e-7
-# Mass that each component has at its own moments, so that one without samples keeps them.
-_INERTIA = 1e-30
 # How many posteriors the pass back computes at once.
 _BLOCK_ENTRIES = 2**20
 
@@ -44,15 +42,15 @@ def em_by_moments(
     options: FitOptions,
     *,
     iterations: int,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     posterior: bool = False,
 ) -> tuple[Parameters, PosteriorMoments, Tensor]:
     """Return the mixture after EM, its posterior moments, and the step each problem stopped at.
 
     It has first derivatives only. All ranks start from the same mixture, and a problem without
     samples stays there. A problem stops once its mean log-likelihood changes by less than the
-    `tolerance`; 0 does not look. One that did not stop has `iterations` + 1. The moments mean
-    nothing without `posterior`, which needs tolerance 0.
+    `tolerance`; None does not look. One that did not stop has `iterations` + 1. The moments mean
+    nothing without `posterior`, which needs no tolerance.
     """
     weights, means, variances = start
     spherical = options.covariance_type == "spherical"
@@ -97,7 +95,7 @@ class _EM(torch.autograd.Function):
         variances: Tensor,
         floor: Tensor,
         iterations: int,
-        tolerance: float,
+        tolerance: float | None,
         spherical: bool,
         posterior: bool,
         group: ProcessGroup | None,
@@ -138,7 +136,7 @@ class _EM(torch.autograd.Function):
         x, mass, _, _, _, floor, _, tolerance, spherical, posterior, group = inputs
         ctx.mark_non_differentiable(*output[6:])
         ctx.save_for_backward(x, mass, floor, *output[6:])
-        ctx.options = tolerance > 0, spherical, posterior, group
+        ctx.options = tolerance is not None, spherical, posterior, group
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,6 +225,15 @@ class _Derivative(torch.autograd.Function):
 # From here on weights are (B, K, 1), mass is (B, 1, N), and a number per problem is (B, 1, 1).
 
 
+def _inertia() -> float:
+    """Return the mass that each component has at its own moments: one without samples keeps them.
+
+    It is no constant of the module, since torch.compile with dynamic shapes makes a symbol of that,
+    which belongs to the first call of the operator and fails in the next one.
+    """
+    return 1e-30
+
+
 def _forward(
     x: Tensor,
     mass: Tensor,
@@ -234,7 +241,7 @@ def _forward(
     moments: Tensor,
     floor: Tensor,
     iterations: int,
-    tolerance: float,
+    tolerance: float | None,
     spherical: bool,
     ranks: Ranks,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -251,12 +258,12 @@ def _forward(
         log_joint = torch.baddbmm(offsets, slopes, features)
         joint = mass * log_joint.softmax(-2)
         sums = [joint.sum(-1, keepdim=True), torch.bmm(joint, rows)]
-        if tolerance > 0:
+        if tolerance is not None:
             sums.append((mass * log_joint.logsumexp(-2, keepdim=True)).sum(-1, keepdim=True))
         shares, totals, *likelihood = ranks.sum(sums)
-        updated = torch.add(totals, moments, alpha=_INERTIA) / (shares + _INERTIA)
+        updated = torch.add(totals, moments, alpha=_inertia()) / (shares + _inertia())
         shares = torch.addcmul(shares, absent, weights)
-        if tolerance == 0:
+        if tolerance is None:
             weights, moments = shares, updated
             path.append((weights, moments))
             continue
@@ -318,9 +325,9 @@ def _backward(
         half = -0.5 * mixed * means
         by_a = torch.cat([square, linear], -1), torch.cat([mixed, mixed], -1)
         by_c = torch.cat([precisions + half, half * means], -1)
-        shares = (1 - absent.unsqueeze(1)) * weights[:, after] + _INERTIA
+        shares = (1 - absent.unsqueeze(1)) * weights[:, after] + _inertia()
         parts = [slopes, posteriors, mass.unsqueeze(1) * posteriors, *by_a, by_c]
-        parts += [shares.reciprocal(), weights[:, before].clamp_min(_INERTIA)]
+        parts += [shares.reciprocal(), weights[:, before].clamp_min(_inertia())]
         parts += [moments[:, after], means]
         if stops:
             turns = torch.arange(start, end, device=x.device).reshape(-1, 1, 1)
@@ -354,7 +361,7 @@ def _backward(
             if spherical:
                 change = _average_spreads(change, mean)
             changes.append(change)
-            grad_moments = torch.add(change, inertia, alpha=_INERTIA)
+            grad_moments = torch.add(change, inertia, alpha=_inertia())
             grad_weights = by_offset / weight
             if stops:
                 grad_moments = torch.where(step[10], before_moments, grad_moments)

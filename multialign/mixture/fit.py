@@ -270,6 +270,7 @@ def fit_gaussian_mixture(
     Raises:
         ValueError: A shape, device, count or option is wrong.
         TypeError: An argument is no floating-point tensor, or dtypes differ.
+        RuntimeError: :func:`torch.utils.checkpoint.checkpoint` repeats a draw from `generator`.
         MemoryError: With "full" or "tied", batch N K D is more than 2^28 entries.
 
     Warns:
@@ -290,11 +291,11 @@ def fit_gaussian_mixture(
     """
     num_components = check_count("num_components", num_components)
     check_count("iterations", iterations)
-    check_positive("tolerance", tolerance, zero=True)
+    tolerance = check_positive("tolerance", tolerance, zero=True)
     options = FitOptions(
         covariance_type=covariance_type,
         em_iterations=iterations,
-        em_tolerance=tolerance,
+        em_tolerance=tolerance or None,
         regularization=regularization,
         differentiate=differentiate,
         init="kmeans++" if isinstance(init, GaussianMixture) else init,
@@ -328,7 +329,7 @@ def _warn_of_few_samples(samples: Samples, count: int, options: FitOptions) -> N
     Values are read where a tolerance has them read anyway, and on the CPU alone.
     """
     (x,), (mass,) = samples.features, samples.masses
-    if torch.compiler.is_compiling() or options.em_tolerance == 0 or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or options.em_tolerance is None or x.device.type != "cpu":
         return
     if options.process_group is not None or x.shape[-2] == 0:
         return

@@ -21,12 +21,12 @@ Init = Literal["kmeans++", "random"]
 class FitOptions:
     """Options of :func:`fit_gaussian_mixture`, checked when made.
 
-    `em_iterations` and `em_tolerance` are its `iterations` and `tolerance`.
+    `em_iterations` and `em_tolerance` are its `iterations` and `tolerance`; None runs them all.
     """
 
     covariance_type: CovarianceType
     em_iterations: int
-    em_tolerance: float = 0.0
+    em_tolerance: float | None = None
     regularization: float
     differentiate: Differentiate
     init: Init = "kmeans++"
@@ -37,7 +37,6 @@ class FitOptions:
         check_choice("covariance_type", self.covariance_type, COVARIANCE_TYPES)
         vars(self).update(  # numbers of NumPy become Python's
             em_iterations=check_count("em_iterations", self.em_iterations),
-            em_tolerance=check_positive("em_tolerance", self.em_tolerance, zero=True),
             regularization=check_positive("regularization", self.regularization, zero=True),
         )
         check_choice("differentiate", self.differentiate, ("unroll", "last", "none"))

@@ -61,8 +61,11 @@ class GaussianPrototypes(MomentumModule):
     behave as those of :class:`torch.nn.BatchNorm1d`. They have their shapes from the beginning
     ("tied" covariances are :math:`(1, D, D)`), are updated in place, and follow ``.to()``,
     ``.half()`` and checkpoints. Before the first batch they are 1/K, 0, 1 (identity matrices) and
-    0. While `num_batches_tracked` is 0 a fit starts from `init`, in eval mode too, which keeps
-    nothing. All arithmetic is in float32 or float64, also if the buffers are in half precision.
+    0. The first batch is merged with these as any later one. On data far from the origin or of
+    another scale, they pull the mixture until about 1 / momentum batches have been seen:
+    standardise the features, or give the first batch a `momentum` of 1. While
+    `num_batches_tracked` is 0 a fit starts from `init`, in eval mode too, which keeps nothing. All
+    arithmetic is in float32 or float64, also if the buffers are in half precision.
 
     Called ``(x, weights=None)`` with `x` :math:`(*\text{batch}, N, D)`, or :math:`(N, D)` with
     `momentum`; returns a :class:`GaussianMixture`. See :func:`fit_gaussian_mixture` for the fit and
@@ -87,6 +90,7 @@ class GaussianPrototypes(MomentumModule):
         AttributeError: An option is set that cannot be.
         RuntimeError: With `momentum` in training mode, :func:`torch.utils.checkpoint.checkpoint`
             calls it again in the backward pass, when the running mixture is another one already.
+            Likewise where `generator` would draw again.
 
     References:
         Eq. 2-4 of :cite:t:`decalign:26`; :cite:t:`cappe:09` for the running mixture.

@@ -23,6 +23,9 @@ from multialign.transport.problem import Problem
 __all__ = ["Dual", "DualPoint", "conjugate", "relaxed_marginals"]
 
 
+_LEAST_TOTAL = 1e-100
+
+
 class DualPoint(NamedTuple):
     """The dual at given potentials."""
 
@@ -56,9 +59,10 @@ class Dual:
         value = (self._wanted * conjugate(problem, potentials)).sum(-1) - total.squeeze(-1) + 1
         wanted = torch.cat(relaxed_marginals(problem, potentials), -1)
         rate = _rates(problem)
-        return DualPoint(
-            value, wanted - total * marginals, total, rate * (-rate * potentials).exp() / total
-        )
+        # A plan may be nothing where every cost is far above rho: H is divided by its sum.
+        scale = total.clamp_min(_LEAST_TOTAL)
+        diagonal = rate * (-rate * potentials).exp() / scale
+        return DualPoint(value, wanted - total * marginals, scale, diagonal)
 
 
 def conjugate(problem: Problem, potentials: Tensor) -> Tensor:

@@ -99,24 +99,24 @@ def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
     groups = _mask_absent(flat_costs, absent)
     # Whether it is positive is not read here, which would synchronise; the result shows it.
     flat_epsilon = flat(torch.where(epsilon > 0, epsilon, math.nan), 0)
+    if len(relaxed) == len(rho):
+        groups = _cap(groups, flat_epsilon + sum(rho[p] or 0.0 for p in relaxed))
     forbidden: Mapping[Scope, Tensor] = {}
     extreme = is_extreme([group.costs for group in groups], flat_epsilon)
-    if extreme or relaxed:
-        masked = {
-            scope: cost
-            for group in groups
-            for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
-        }
-    if extreme:
-        centred, offsets, deviation, forbidden = absorb(masked, normalised, flat_epsilon)
+    if extreme and not relaxed:
+        tables = _by_scope(groups)
+        centred, offsets, deviation, forbidden = absorb(tables, normalised, flat_epsilon)
     else:
+        if extreme:
+            forbidden = {scope: cost == math.inf for scope, cost in _by_scope(groups).items()}
+            groups = [
+                _Group(group.scopes, group.costs.masked_fill(group.costs == math.inf, 0.0))
+                for group in groups
+            ]
         centred, offsets, deviation = _centre(groups, normalised)
     if relaxed:
         # A potential that is penalised is what it is: nothing may move into it.
-        centred = {
-            scope: cost.masked_fill(forbidden[scope], 0.0) if extreme else cost
-            for scope, cost in masked.items()
-        }
+        centred = _by_scope(groups)
         offsets = [torch.zeros_like(nu) for nu in normalised]
         normalised = _with_masses(normalised, given)
     return Problem(
@@ -154,9 +154,13 @@ def _check_relaxation(relaxation: Any, count: int) -> list[float | None]:
 
 
 def _with_masses(normalised: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return marginals with the masses given; one without any takes the largest of the others."""
+    """Return marginals with the masses given; one without any takes the largest of the others.
+
+    Where none has any, it is 1.
+    """
     totals = torch.stack([weight.sum(-1, keepdim=True) for weight in given])
-    totals = torch.where(totals == 0, totals.amax(0), totals)
+    largest = totals.amax(0)
+    totals = torch.where(totals == 0, torch.where(largest == 0, 1.0, largest), totals)
     return [nu * total for nu, total in zip(normalised, totals, strict=True)]
 
 
@@ -288,6 +292,35 @@ def _mask_absent(costs: Mapping[Scope, Tensor], absent: Sequence[Tensor]) -> lis
         cost = _stack([tables[n] for n in indices])
         groups.append(_Group(group, cost.masked_fill(reduce(torch.logical_or, masks), 0.0)))
     return groups
+
+
+def _by_scope(groups: Sequence[_Group]) -> dict[Scope, Tensor]:
+    """Return the tables `(B, K_1, ...)` by their variables."""
+    return {
+        scope: cost
+        for group in groups
+        for scope, cost in zip(group.scopes, group.costs.unbind(0), strict=True)
+    }
+
+
+def _cap(groups: Sequence[_Group], weight: Tensor) -> list[_Group]:
+    """Lower costs that no plan pays, infinite ones too, where all marginals are penalised.
+
+    With w = epsilon + sum_p rho_p, the `weight`, the optimal plan is at most
+
+        exp((sum_p rho_p log nu_p - C) / w),
+
+    since f_p = rho_p log(nu_p / T_p) and T <= T_p. At a cost of 500 w this is about 1e-217, so that
+    an atom all of whose pairs are forbidden has a finite potential.
+    """
+    cap = 500 * weight.detach()
+    for _, cost in groups:
+        # What other tables may give back.
+        cap = cap - cost.detach().flatten(2).amin(-1).clamp_max(0.0).sum(0)
+    return [
+        _Group(scopes, cost.minimum(cap.reshape(-1, *[1] * (cost.ndim - 2))))
+        for scopes, cost in groups
+    ]
 
 
 def _centre(
