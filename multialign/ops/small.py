@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
@@ -15,27 +16,70 @@ from multialign.ops.backend import Implementation
 __all__ = ["Solved", "fits_whole", "solve_small", "solve_whole", "whole_gradients"]
 
 
-class Solved(NamedTuple):
+@dataclass(frozen=True)
+class Solved:
     """The solution of a batch of whole problems, in float64."""
 
-    potentials: Tensor
-    """`(B, S)` in units of epsilon, of costs without the offsets."""
+    numbers: Tensor
+    """All results but `iterations`, one after another, each with the batch first."""
     iterations: Tensor
     """`(B,)`."""
-    error: Tensor
-    """`(B,)`."""
-    offsets: Tensor
-    """`(B, S)`: the parts of the costs that depend on one variable alone, in cost units."""
-    value: Tensor
-    """`(B,)`."""
-    transport_cost: Tensor
-    """`(B,)`."""
-    by_marginals: Tensor
-    """`(B, S)`: the gradient of `value` by marginals as they are given, not normalised."""
-    pairs: list[Tensor]
-    """The plan's marginals of all pairs of variables, `(B, K_i, K_j)` each."""
+    sizes: tuple[int, ...]
+    """The number of atoms of each marginal."""
     has_blank: bool
     """Whether some marginal has no mass, so that its costs count nothing."""
+
+    @property
+    def value(self) -> Tensor:
+        """`(B,)`."""
+        return self._part(0, ())
+
+    @property
+    def transport_cost(self) -> Tensor:
+        """`(B,)`."""
+        return self._part(1, ())
+
+    @property
+    def error(self) -> Tensor:
+        """`(B,)`."""
+        return self._part(2, ())
+
+    @property
+    def potentials(self) -> Tensor:
+        """`(B, S)` in units of epsilon, of costs without the offsets."""
+        return self._part(3, (sum(self.sizes),))
+
+    @property
+    def offsets(self) -> Tensor:
+        """`(B, S)`: the parts of the costs that depend on one variable alone, in cost units."""
+        return self._part(4, (sum(self.sizes),))
+
+    @property
+    def by_marginals(self) -> Tensor:
+        """`(B, S)`: the gradient of `value` by marginals as they are given, not normalised."""
+        return self._part(5, (sum(self.sizes),))
+
+    @property
+    def edges(self) -> list[tuple[int, ...]]:
+        """All pairs i < j of variables."""
+        return list(combinations(range(len(self.sizes)), 2))
+
+    def pair(self, edge: tuple[int, ...]) -> Tensor:
+        """Return the plan's marginal of a pair of variables i < j, `(B, K_i, K_j)`."""
+        i, j = edge
+        return self._part(6 + self.edges.index(edge), (self.sizes[i], self.sizes[j]))
+
+    def _part(self, place: int, shape: tuple[int, ...]) -> Tensor:
+        count = len(self.iterations)
+        starts = _starts(self.sizes)
+        return self.numbers[count * starts[place] : count * starts[place + 1]].view(count, *shape)
+
+
+@lru_cache
+def _starts(sizes: tuple[int, ...]) -> list[int]:
+    """Return where each result of a problem starts among all of them."""
+    pairs = [sizes[i] * sizes[j] for i, j in combinations(range(len(sizes)), 2)]
+    return list(accumulate([1] * 3 + [sum(sizes)] * 3 + pairs, initial=0))
 
 
 def solve_small(
@@ -82,12 +126,12 @@ def solve_small(
             {tuple(s): cost.contiguous() for s, cost in zip(scopes, costs, strict=True)},
             [marginal.contiguous() for marginal in marginals],
             epsilon.contiguous(),
-            {
-                "potentials": potentials,
-                "error": error,
-                "iterations": iterations,
-                "status": status,
-            },
+            _native.Outputs(
+                potentials=potentials.data_ptr(),
+                error=error.data_ptr(),
+                iterations=iterations.data_ptr(),
+                status=status.data_ptr(),
+            ),
             tolerance=tolerance,
             max_iterations=max_iterations,
             by_sweeps=by_sweeps,
@@ -146,54 +190,47 @@ def solve_whole(
             of one table, which is symmetric, for all pairs.
         candidate: Potentials `(B, S)` in cost units, taken where the dual is larger there.
     """
-    count = epsilon.numel()
-    sizes = [marginal.shape[-1] for marginal in marginals]
-
-    def make(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty((count, *shape), dtype=dtype)
-
-    atoms = sum(sizes)
-    solved = Solved(
-        make(atoms), make(dtype=torch.int64), make(), make(atoms), make(), make(), make(atoms),
-        [make(sizes[p], sizes[q]) for p, q in combinations(range(len(sizes)), 2)], False,
-    )  # fmt: skip
-    status = make(dtype=torch.int64)
-    _native.solve(
+    count, sizes = epsilon.numel(), tuple([marginal.shape[-1] for marginal in marginals])
+    starts = _starts(sizes)
+    numbers = torch.empty(count * starts[-1], dtype=torch.float64)
+    iterations, status = torch.empty((2, count), dtype=torch.int64).unbind(0)
+    first = numbers.data_ptr()
+    places = [first + 8 * count * start for start in starts]
+    worst = _native.solve(
         costs,
         marginals,
         epsilon,
-        {
-            "potentials": solved.potentials,
-            "iterations": solved.iterations,
-            "error": solved.error,
-            "offsets": solved.offsets,
-            "value": solved.value,
-            "transport_cost": solved.transport_cost,
-            "marginal_gradient": solved.by_marginals,
-            "status": status,
-        },
-        solved.pairs,
+        _native.Outputs(
+            value=places[0],
+            transport_cost=places[1],
+            error=places[2],
+            potentials=places[3],
+            offsets=places[4],
+            marginal_gradient=places[5],
+            pairs=places[6:-1],
+            iterations=iterations.data_ptr(),
+            status=status.data_ptr(),
+        ),
         tolerance=tolerance,
         max_iterations=max_iterations,
         by_sweeps=by_sweeps,
         symmetric=symmetric,
         candidate=candidate,
     )
-    if not status.any():
-        return solved
-    blank, status = status >= _native.BLANK, status % _native.BLANK
+    if not worst:
+        return Solved(numbers, iterations, sizes, False)
+    solved = Solved(numbers, iterations, sizes, bool((status >= _native.BLANK).any()))
+    status = status % _native.BLANK
     # What is not finite is the result for input that is not.
-    if bool(((status == _native.LEFT) | ((status != 0) & solved.error.isfinite())).any()):
-        return None
-    return solved._replace(has_blank=bool(blank.any()))
+    left = (status == _native.LEFT) | ((status != 0) & solved.error.isfinite())
+    return None if bool(left.any()) else solved
 
 
 def whole_gradients(
     costs: Mapping[tuple[int, ...], Tensor],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
-    potentials: Tensor,
-    offsets: Tensor,
+    solved: Solved,
     by_transport_cost: Tensor | None,
     by_pairs: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor, Tensor] | None:
@@ -203,5 +240,11 @@ def whole_gradients(
     None if a problem of the batch is left.
     """
     return _native.read_gradients(
-        costs, marginals, epsilon, potentials, offsets, by_transport_cost, by_pairs
+        costs,
+        marginals,
+        epsilon,
+        solved.potentials,
+        solved.offsets,
+        by_transport_cost,
+        by_pairs,
     )

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ class _DirectSolution(TransportSolution):
         self.error, self.converged = error.to(dtype), error <= tolerance
         self.value = self._convert(solved.value)
         if self._is_recorded():
-            self.value = _Value.apply(self._given, self.value, *self._results, *self._inputs)
+            self.value = _Value.apply(solved, self._edges, self.value, *self._inputs)
 
     @cached_property
     def _problem(self) -> Problem:  # type: ignore[override]
@@ -114,21 +113,8 @@ class _DirectSolution(TransportSolution):
         return self._arguments.tensors()
 
     @property
-    def _results(self) -> list[Tensor]:
-        found = self._solved
-        return [
-            found.potentials,
-            found.offsets,
-            found.value,
-            found.transport_cost,
-            found.by_marginals,
-            *found.pairs,
-        ]
-
-    @property
-    def _given(self) -> _Given:
-        costs, marginals, *_ = self._arguments
-        return _Given(list(costs), len(marginals), self._solved.has_blank)
+    def _edges(self) -> list[Scope]:
+        return list(self._arguments.costs)
 
     def _is_recorded(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self._inputs)
@@ -136,7 +122,7 @@ class _DirectSolution(TransportSolution):
     @cached_property
     def _read(self) -> tuple[Tensor, ...]:
         """`transport_cost` `(B,)` and the marginals of all pairs, with their gradient."""
-        found: tuple[Tensor, ...] = _Read.apply(self._given, *self._results, *self._inputs)
+        found: tuple[Tensor, ...] = _Read.apply(self._solved, self._edges, *self._inputs)
         return found
 
     @property
@@ -159,9 +145,9 @@ class _DirectSolution(TransportSolution):
         return self._pair(i, j) if i < j else self._pair(j, i).mT
 
     def _pair(self, i: int, j: int) -> Tensor:
-        place = list(combinations(range(len(self._arguments.marginals)), 2)).index((i, j))
+        place = self._solved.edges.index((i, j))
         return self._convert(
-            self._read[1 + place] if self._is_recorded() else self._solved.pairs[place]
+            self._read[1 + place] if self._is_recorded() else self._solved.pair((i, j))
         )
 
     def _convert(self, x: Tensor) -> Tensor:
@@ -173,121 +159,115 @@ class _DirectSolution(TransportSolution):
         return self._fill(other, problem, function)
 
 
-class _Given(NamedTuple):
-    """What the way back has to know of the arguments beside their tensors."""
-
-    edges: list[Scope]
-    modalities: int
-    """How many marginals there are."""
-    has_blank: bool
-    """Whether some marginal has no mass."""
-
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Return potentials, offsets, value, transport cost, by_marginals, pairs; arguments."""
-        fixed = 5 + self.modalities * (self.modalities - 1) // 2
-        results, inputs = tensors[:fixed], tensors[fixed:]
-        costs = dict(zip(self.edges, inputs, strict=False))
-        marginals, epsilon = list(inputs[len(costs) : -1]), inputs[-1]
-        rho: list[float | None] = [None] * self.modalities
-        arguments = Arguments(costs, marginals, epsilon, epsilon.shape, rho)
-        return (*results[:5], results[5:], arguments)
+def _arguments(edges: Sequence[Scope], inputs: Sequence[Tensor]) -> Arguments:
+    """Return arguments, given their tensors."""
+    costs = dict(zip(edges, inputs, strict=False))
+    marginals, epsilon = list(inputs[len(costs) : -1]), inputs[-1]
+    return Arguments(costs, marginals, epsilon, epsilon.shape, [None] * len(marginals))
 
 
 class _Value(torch.autograd.Function):
     """Gives `value` its gradient: the plan, the potentials and the entropy."""
 
     @staticmethod
-    def forward(ctx: Any, given: _Given, value: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.given = given
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx: Any, solved: Solved, edges: list[Scope], value: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.solved, ctx.edges = solved, edges
+        ctx.save_for_backward(*inputs)
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given: _Given = ctx.given
-        potentials, _, value, cost, by_marginals, pairs, arguments = given.split(ctx.saved_tensors)
-        inputs = arguments.tensors()
+        solved: Solved = ctx.solved
+        edges, inputs = ctx.edges, ctx.saved_tensors
         if torch.is_grad_enabled():
             # One tensor may stand in several places.
-            alias = arguments.map(lambda x: x.view_as(x))
-            value = _read_again(alias, potentials).value
-            recorded = [x for x in alias.tensors() if x.requires_grad]
+            alias = [x.view_as(x) for x in inputs]
+            value = _read_again(_arguments(edges, alias), solved).value
+            recorded = [x for x in alias if x.requires_grad]
             made = iter(torch.autograd.grad(value, recorded, grad.double(), create_graph=True))
-            grads = [next(made) if x.requires_grad else None for x in alias.tensors()]
-            return (None, None, *[None] * (5 + len(pairs)), *grads)
+            return (None, None, None, *[next(made) if x.requires_grad else None for x in alias])
         weight = grad.double().reshape(-1, 1)
-        sizes = [marginal.shape[-1] for marginal in arguments.marginals]
-        places: list[Scope] = list(combinations(range(given.modalities), 2))
-        by_costs = [pairs[places.index(edge)] * weight.unsqueeze(-1) for edge in given.edges]
-        if given.has_blank:
-            masses = [marginal.reshape(len(weight), -1).sum(-1) for marginal in arguments.marginals]
-            for edge, g in zip(given.edges, by_costs, strict=True):
-                g[(masses[edge[0]] == 0) | (masses[edge[1]] == 0)] = 0.0
-        blocks = (by_marginals * weight).split(sizes, -1)
-        by_epsilon = ((value - cost).unsqueeze(-1) * weight).view_as(arguments.epsilon)
-        found = [*by_costs, *blocks, by_epsilon / arguments.epsilon]
-        shaped = [g.view(x.shape).to(x.dtype) for g, x in zip(found, inputs, strict=True)]
-        return (None, None, *[None] * (5 + len(pairs)), *shaped)
+        wanted = ctx.needs_input_grad[3:]
+        by_costs = [
+            solved.pair(edge) * weight.unsqueeze(-1) if needed else None
+            for edge, needed in zip(edges, wanted, strict=False)
+        ]
+        if solved.has_blank:
+            masses = [x.reshape(len(weight), -1).sum(-1) for x in inputs[len(edges) : -1]]
+            for (i, j), g in zip(edges, by_costs, strict=True):
+                if g is not None:
+                    g[(masses[i] == 0) | (masses[j] == 0)] = 0.0
+        grads: list[Tensor | None] = [*by_costs, *[None] * (len(inputs) - len(edges))]
+        if any(wanted[len(edges) : -1]):
+            grads[len(edges) : -1] = (solved.by_marginals * weight).split(solved.sizes, -1)
+        if wanted[-1]:
+            entropy = (solved.value - solved.transport_cost) / inputs[-1].reshape(-1)
+            grads[-1] = entropy * weight.squeeze(-1)
+        return (None, None, None, *_shaped(grads, inputs))
 
 
 class _Read(torch.autograd.Function):
     """Gives `transport_cost` and the marginals of pairs their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, given: _Given, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.given = given
+    def forward(
+        ctx: Any, solved: Solved, edges: list[Scope], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.solved, ctx.edges = solved, edges
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        cost, _, pairs = given.split(tensors)[3:6]
-        return (cost.detach(), *[pair.detach() for pair in pairs])
+        ctx.save_for_backward(*inputs)
+        return (solved.transport_cost, *[solved.pair(edge) for edge in solved.edges])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given: _Given = ctx.given
-        potentials, offsets, _, _, _, pairs, arguments = given.split(ctx.saved_tensors)
-        inputs = arguments.tensors()
+        solved: Solved = ctx.solved
+        inputs = ctx.saved_tensors
+        arguments = _arguments(ctx.edges, inputs)
         with torch.no_grad():
             by_cost, *by_pairs = [None if g is None else g.contiguous() for g in grads]
             found = whole_gradients(
-                arguments.costs,
-                arguments.marginals,
-                arguments.epsilon,
-                potentials,
-                offsets,
-                by_cost,
-                by_pairs,
+                arguments.costs, arguments.marginals, arguments.epsilon, solved, by_cost, by_pairs
             )
             if found is None:
-                results = _gradients_again(arguments, potentials, grads)
+                results = _gradients_again(arguments, solved, grads)
             else:
                 by_costs, by_marginals, by_epsilon = found
-                sizes = [marginal.shape[-1] for marginal in arguments.marginals]
-                results = [*by_costs, *by_marginals.split(sizes, -1), by_epsilon]
-            results = [g.reshape(x.shape).to(x.dtype) for g, x in zip(results, inputs, strict=True)]
+                results = [*by_costs, *by_marginals.split(solved.sizes, -1), by_epsilon]
+        shaped = _shaped(results, inputs)
         if torch.is_grad_enabled():
             others = [g for g in grads if g is not None]
-            results = [first_only(g, *others, *inputs) for g in results]
-        return (None, *[None] * (5 + len(pairs)), *results)
+            shaped = [None if g is None else first_only(g, *others, *inputs) for g in shaped]
+        return (None, None, *shaped)
 
 
-def _read_again(arguments: Arguments, potentials: Tensor) -> TransportSolution:
-    """Return the solution at potentials as that of any problem."""
+def _shaped(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return gradients in the shapes and dtypes of the inputs."""
+    return [
+        None if g is None else g.reshape(x.shape).to(x.dtype)
+        for g, x in zip(grads, inputs, strict=True)
+    ]
+
+
+def _read_again(arguments: Arguments, solved: Solved) -> TransportSolution:
+    """Return the solution, at its potentials, as that of any problem."""
     problem = prepare(arguments, torch.float64)
     zeros = torch.zeros_like(problem.epsilon)
-    return TransportSolution(problem, Iterate(potentials, zeros.long(), zeros), 1.0)
+    return TransportSolution(problem, Iterate(solved.potentials, zeros.long(), zeros), 1.0)
 
 
 @torch.enable_grad()
 def _gradients_again(
-    arguments: Arguments, potentials: Tensor, grads: Sequence[Tensor | None]
+    arguments: Arguments, solved: Solved, grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return gradients by all inputs where the core has left a problem."""
     again = arguments.map(lambda x: x.detach().requires_grad_())
-    solution = _read_again(again, potentials)
-    places = combinations(range(len(again.marginals)), 2)
-    results = [solution.transport_cost, *[solution.pairwise_marginal(i, j) for i, j in places]]
-    pairs = [(x, g.view_as(x)) for x, g in zip(results, grads, strict=True) if g is not None]
+    solution = _read_again(again, solved)
+    pairs = [solution.pairwise_marginal(i, j) for i, j in solved.edges]
+    results = [solution.transport_cost, *pairs]
+    weighted = [(x, g.view_as(x)) for x, g in zip(results, grads, strict=True) if g is not None]
     inputs = again.tensors()
-    outputs, weights = zip(*pairs, strict=True)
+    outputs, weights = zip(*weighted, strict=True)
     found = torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]

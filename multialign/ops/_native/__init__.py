@@ -6,11 +6,19 @@ from multialign.ops._native.library import (
     instruction_sets,
     native_function,
 )
-from multialign.ops._native.transport import BLANK, LEFT, fits, read_gradients, solve
+from multialign.ops._native.transport import (
+    BLANK,
+    LEFT,
+    Outputs,
+    fits,
+    read_gradients,
+    solve,
+)
 
 __all__ = [
     "BLANK",
     "LEFT",
+    "Outputs",
     "core_state",
     "fits",
     "instruction_set",

@@ -548,15 +548,16 @@ static int is_blank(const Loaded *loaded)
     return 0;
 }
 
-/* Solve problems begin <= b < end of the batch. */
-EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
+/* Solve problems begin <= b < end of the batch; return the largest status. */
+EXPORTED(int, transport)(const Call *call, int64_t begin, int64_t end)
 {
     Loaded loaded;
     if (!make_loaded(&loaded, call)) {
         for (int64_t b = begin; b < end; b++) call->status[b] = LEFT;
-        return;
+        return LEFT;
     }
     const Arena empty = loaded.arena;
+    int worst = SOLVED;
     for (int64_t b = begin; b < end; b++) {
         loaded.arena = empty;
         int status = load(&loaded, call, b);
@@ -588,9 +589,12 @@ EXPORTED(void, transport)(const Call *call, int64_t begin, int64_t end)
         } else if (status == STOPPED) {
             write_constant(call, b, NAN);
         }
-        call->status[b] = status | (status != LEFT && is_blank(&loaded) ? BLANK : 0);
+        status |= status != LEFT && is_blank(&loaded) ? BLANK : 0;
+        call->status[b] = status;
+        worst = status > worst ? status : worst;
     }
     free(loaded.storage);
+    return worst;
 }
 
 /* Read a table of weights of the atoms that are there; padding is 0. */
@@ -754,23 +758,27 @@ left:
     return LEFT;
 }
 
-/* The way back of problems begin <= b < end that `transport` has solved. */
-EXPORTED(void, transport_backward)(const Call *call, const Weights *weights, int64_t begin,
-                                   int64_t end)
+/* The way back of problems begin <= b < end that `transport` has solved; return the largest status.
+ */
+EXPORTED(int, transport_backward)(const Call *call, const Weights *weights, int64_t begin,
+                                  int64_t end)
 {
     Loaded loaded;
     if (!make_loaded(&loaded, call)) {
         for (int64_t b = begin; b < end; b++) call->status[b] = LEFT;
-        return;
+        return LEFT;
     }
     const Arena empty = loaded.arena;
+    int worst = SOLVED;
     for (int64_t b = begin; b < end; b++) {
         loaded.arena = empty;
         int status = load(&loaded, call, b);
         if (status == SOLVED) status = write_gradients(&loaded, call, weights, b);
         call->status[b] = status;
+        worst = status > worst ? status : worst;
     }
     free(loaded.storage);
+    return worst;
 }
 
 #endif

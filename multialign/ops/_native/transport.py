@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multialign.ops._native.library import native_function
 
-__all__ = ["BLANK", "LEFT", "fits", "read_gradients", "solve"]
+__all__ = ["BLANK", "LEFT", "Outputs", "fits", "read_gradients", "solve"]
 
 # As in problem.h.
 _MAX_VARIABLES = 8
@@ -79,6 +79,20 @@ class _Weights(ctypes.Structure):
     ]
 
 
+class Outputs(NamedTuple):
+    """Where the core writes results: addresses, 0 for those not wanted; see `Call`."""
+
+    potentials: int
+    error: int
+    iterations: int
+    status: int
+    offsets: int = 0
+    value: int = 0
+    transport_cost: int = 0
+    marginal_gradient: int = 0
+    pairs: Sequence[int] = ()
+
+
 @cache
 def fits(sizes: tuple[int, ...], has_full_table: bool) -> bool:
     """Return whether the core takes problems of these sizes, and is fast for them."""
@@ -95,8 +109,7 @@ def solve(
     costs: Mapping[tuple[int, ...], Tensor],
     marginals: Sequence[Tensor],
     epsilon: Tensor,
-    outputs: Mapping[str, Tensor],
-    pairs: Sequence[Tensor] = (),
+    outputs: Outputs,
     *,
     tolerance: float,
     max_iterations: int,
@@ -105,23 +118,25 @@ def solve(
     rho: Mapping[int, Tensor] | None = None,
     candidate: Tensor | None = None,
     prepared: bool = False,
-) -> None:
+) -> int:
     """Solve a batch of problems; see `Call` in transport.h.
 
-    All tensors are contiguous, with the batch first; `outputs` are written.
+    All tensors are contiguous, with the batch first. Returns the largest status.
     """
     call = _make_call(costs, marginals, epsilon)
     call.tolerance, call.max_iterations, call.by_sweeps = tolerance, max_iterations, by_sweeps
     call.prepared, call.symmetric = prepared, symmetric
     for p, one in (rho or {}).items():
         call.rho[p] = one.data_ptr()
-    for name, tensor in outputs.items():
-        setattr(call, name, tensor.data_ptr())
-    for e, table in enumerate(pairs):
-        call.pairs[e] = table.data_ptr()
+    call.potentials, call.error = outputs.potentials, outputs.error
+    call.iterations, call.status = outputs.iterations, outputs.status
+    call.offsets, call.value = outputs.offsets, outputs.value
+    call.transport_cost = outputs.transport_cost
+    call.marginal_gradient = outputs.marginal_gradient
+    call.pairs[: len(outputs.pairs)] = outputs.pairs
     if candidate is not None:
         call.candidate = candidate.data_ptr()
-    _run("transport", call)
+    return _run("transport", call)
 
 
 def read_gradients(
@@ -151,8 +166,8 @@ def read_gradients(
         weights.cost[_places(len(marginals))[edge]] = table.data_ptr()
     by_marginals, by_epsilon = torch.empty_like(potentials), torch.empty_like(epsilon)
     weights.marginal, weights.epsilon = by_marginals.data_ptr(), by_epsilon.data_ptr()
-    _run("transport_backward", call, ctypes.byref(weights))
-    return (tables, by_marginals, by_epsilon) if not status.any() else None
+    worst = _run("transport_backward", call, ctypes.byref(weights))
+    return None if worst else (tables, by_marginals, by_epsilon)
 
 
 @cache
@@ -185,21 +200,21 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="multialign")
 
 
-def _run(name: str, call: _Call, *more: Any) -> None:
+def _run(name: str, call: _Call, *more: Any) -> int:
     """Solve the batch, in parts of whole problems on torch's number of threads."""
-    function: Callable[..., None] = native_function(name)
-    count = int(call.batch)
-    entries = count * math.prod(call.size[: call.count])
-    threads = min(torch.get_num_threads(), count, entries // _ENTRIES_PER_THREAD)
+    function: Callable[..., int] = native_function(name)
+    count, address = int(call.batch), ctypes.byref(call)
+    threads = 1
+    if count > 1:
+        entries = count * math.prod(call.size[: call.count])
+        threads = min(torch.get_num_threads(), count, entries // _ENTRIES_PER_THREAD)
     if threads < 2:
-        function(ctypes.byref(call), *more, ctypes.c_int64(0), ctypes.c_int64(count))
-        return
+        return function(address, *more, ctypes.c_int64(0), ctypes.c_int64(count))
     ends = [count * n // threads for n in range(threads + 1)]
     tasks = [
         _executor(threads).submit(
-            function, ctypes.byref(call), *more, ctypes.c_int64(begin), ctypes.c_int64(end)
+            function, address, *more, ctypes.c_int64(begin), ctypes.c_int64(end)
         )
         for begin, end in pairwise(ends)
     ]
-    for task in tasks:
-        task.result()
+    return max(task.result() for task in tasks)
