@@ -3,6 +3,7 @@
 from multialign.ops.backend import Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
+from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -15,11 +16,15 @@ from multialign.ops.small import solve_small
 from multialign.ops.tangents import has_tangent
 
 __all__ = [
+    "AxesFit",
     "Backend",
+    "FitSettings",
     "Implementation",
     "LogProduct",
     "StreamedProduct",
     "choose_backend",
+    "core_fits",
+    "fit_axes",
     "gaussian_form",
     "has_tangent",
     "log",
@@ -27,6 +32,7 @@ __all__ = [
     "log_matvec",
     "log_product",
     "logsumexp",
+    "pair_terms",
     "real",
     "register_batched_vmap",
     "solve_small",
