@@ -28,11 +28,13 @@ from multialign.mixture import (
     GaussianMixture,
     GaussianPrototypes,
     Modalities,
+    Moments,
     MomentumModule,
     check_momentum,
     running_mixtures,
+    unpack_moments,
 )
-from multialign.ops import Backend
+from multialign.ops import Backend, pair_terms
 from multialign.transport.options import Method, SolverOptions
 from multialign.transport.prepare import make_problem
 from multialign.transport.solution import TransportSolution
@@ -99,6 +101,11 @@ class _Options:
     prototype_weight: float
     fit: FitOptions
     solver: SolverOptions
+
+    @property
+    def takes_core(self) -> bool:
+        """Whether the compiled core may fit."""
+        return self.solver.backend in ("auto", "native")
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "transport_weight", "prototype_weight"):
@@ -204,9 +211,8 @@ def prototype_alignment_loss(
     samples = make_samples(*check_samples(features, weights), options.fit.ranks)
     counts = _counts(num_prototypes, len(samples.features), options.matching)
     with full_precision(samples.features[0]):
-        return _loss(
-            _Fit(samples, *Modalities(samples, counts, options.fit).fit_with_posterior()), options
-        )
+        modalities = Modalities(samples, counts, options.fit, options.takes_core)
+        return _loss(_make_fit(samples, *modalities.fit_with_posterior(), options), options)
 
 
 class PrototypeAlignmentLoss(MomentumModule):
@@ -365,12 +371,13 @@ class PrototypeAlignmentLoss(MomentumModule):
         check_size("features", "num_modalities", self.num_modalities, len(counts))
         check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
         with full_precision(samples.features[0]):
-            modalities = Modalities(samples, counts, options.fit)
+            modalities = Modalities(samples, counts, options.fit, options.takes_core)
             if momentum is None:
-                return _Fit(samples, *modalities.fit_with_posterior()), options
+                return _make_fit(samples, *modalities.fit_with_posterior(), options), options
             models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
             mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
-            return _Fit(samples, mixtures, modalities.posterior_moments(mixtures)), options
+            moments = modalities.posterior_moments(mixtures)
+            return _make_fit(samples, mixtures, moments, options), options
 
 
 def _sort_options(arguments: Mapping[str, Any]) -> _Options:
@@ -388,8 +395,25 @@ class _Fit(NamedTuple):
 
     samples: Samples
     mixtures: list[GaussianMixture]
-    moments: Sequence[tuple[Tensor, Tensor, Tensor]]
-    """Posterior moments of the samples under the mixtures: weights, means and scatters."""
+    moments: Moments
+    """Posterior moments of the samples under the mixtures."""
+    costs: Sequence[Tensor] | None = None
+    """Costs between the components of each pair, where the core has computed them."""
+    term: Tensor | None = None
+    """The second term of Eq. 9 of each problem by the index, where the core has computed it."""
+
+
+def _make_fit(
+    samples: Samples, mixtures: list[GaussianMixture], moments: Moments, options: _Options
+) -> _Fit:
+    """Return the fit, with what the core computes from its own."""
+    if not isinstance(moments, Tensor):
+        return _Fit(samples, mixtures, moments)
+    means = [mixture.means for mixture in mixtures]
+    variances = [mixture.component_covariances() for mixture in mixtures]
+    present = samples.present.double().movedim(0, -1)
+    terms = pair_terms(means, variances, moments, present, _scale(samples, options))
+    return _Fit(samples, mixtures, moments, *terms)
 
 
 def _loss(fit: _Fit, options: _Options) -> Tensor:
@@ -408,7 +432,8 @@ def _loss(fit: _Fit, options: _Options) -> Tensor:
 def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     """Return the transport between the components."""
     pairs = list(combinations(range(len(fit.mixtures)), 2))
-    costs = dict(zip(pairs, _costs(fit, pairs, options), strict=True))
+    tables = _costs(fit.samples, fit.mixtures, options) if fit.costs is None else fit.costs
+    costs = dict(zip(pairs, tables, strict=True))
     marginals = [mixture.weights for mixture in fit.mixtures]
     if not fit.samples.complete:
         marginals = [
@@ -418,26 +443,27 @@ def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     return solve_problem(make_problem(costs, marginals, options.epsilon), options.solver)
 
 
-def _costs(fit: _Fit, pairs: Sequence[tuple[int, int]], options: _Options) -> Sequence[Tensor]:
+def _costs(
+    samples: Samples, mixtures: Sequence[GaussianMixture], options: _Options
+) -> Sequence[Tensor]:
     """Return the costs between the components of each pair."""
-    if len({mixture.num_components for mixture in fit.mixtures}) == 1:
+    pairs, scale = list(combinations(range(len(mixtures)), 2)), _scale(samples, options)
+    if len({mixture.num_components for mixture in mixtures}) == 1:
         stacked = GaussianMixture(
-            weights=torch.stack([mixture.weights for mixture in fit.mixtures]),
-            means=torch.stack([mixture.means for mixture in fit.mixtures]),
-            covariances=torch.stack([mixture.covariances for mixture in fit.mixtures]),
+            weights=torch.stack([mixture.weights for mixture in mixtures]),
+            means=torch.stack([mixture.means for mixture in mixtures]),
+            covariances=torch.stack([mixture.covariances for mixture in mixtures]),
             covariance_type=options.fit.covariance_type,
         )
         costs = pairwise_bures_cost(stacked.means, stacked.component_covariances(), pairs)
-        return _reduce(costs, fit, options).unbind(0)
-    sets = [(mixture.means, mixture.component_covariances()) for mixture in fit.mixtures]
-    tables = [bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
-    return [_reduce(table, fit, options) for table in tables]
+        return (scale * costs).unbind(0)
+    sets = [(mixture.means, mixture.component_covariances()) for mixture in mixtures]
+    return [scale * bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
 
 
-def _reduce(total: Tensor, fit: _Fit, options: _Options) -> Tensor:
-    """Return a sum over the features, or their mean if `cost_reduction` is "mean"."""
-    mean = options.cost_reduction == "mean"
-    return total / fit.samples.features[0].shape[-1] if mean else total
+def _scale(samples: Samples, options: _Options) -> float:
+    """Return what multiplies a sum over the features to make it what `cost_reduction` says."""
+    return 1 / samples.features[0].shape[-1] if options.cost_reduction == "mean" else 1.0
 
 
 def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:
@@ -452,14 +478,19 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
     The mean squared distance of a component's samples from a point is that from their own mean,
     plus that of the mean from the point. So all pairs share the sums over samples.
     """
-    samples, mixtures = fit.samples, fit.mixtures
+    samples, mixtures, dtype = fit.samples, fit.mixtures, fit.samples.features[0].dtype
+    if fit.term is not None and options.matching == "index":
+        return fit.term.mean().to(dtype)
+    moments = fit.moments
+    if isinstance(moments, Tensor):
+        moments = unpack_moments(moments, [mixture.num_components for mixture in mixtures])
     pairs = list(permutations(range(len(mixtures)), 2))
     # One call computes all pairs of mixtures that have the same K.
     alike = len({mixture.num_components for mixture in mixtures}) == 1
     terms = []
     for group in [pairs] if alike else [[pair] for pair in pairs]:
         weights, means, scatters = (
-            torch.stack([fit.moments[i][field] for i, _ in group]) for field in range(3)
+            torch.stack([moments[i][field] for i, _ in group]) for field in range(3)
         )
         targets = torch.stack([mixtures[j].means for _, j in group]).double()
         if options.matching == "plan" and solution is not None:
@@ -474,7 +505,7 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
             term = torch.stack(both) * term
         terms.append(term.sum(0))
     total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
-    return _reduce(total, fit, options).to(samples.features[0].dtype)
+    return (_scale(samples, options) * total).to(dtype)
 
 
 def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:

@@ -42,7 +42,6 @@ from multialign.mixture.parameters import (
     Parameters,
     PosteriorMoments,
     Standardised,
-    core_moments,
     from_standard,
     moments_from_standard,
     select,
@@ -55,7 +54,10 @@ from multialign.mixture.parameters import (
 from multialign.mixture.seeds import core_draws, draw_means, start_parameters
 from multialign.ops import AxesFit, FitSettings, core_fits, fit_axes, has_tangent
 
-__all__ = ["Modalities", "fit_gaussian_mixture", "one_modality"]
+__all__ = ["Modalities", "Moments", "fit_gaussian_mixture", "one_modality"]
+
+Moments = Sequence[PosteriorMoments] | Tensor
+"""Posterior moments of each modality, or of all in one tensor: see `unpack_moments`."""
 
 # Sums of features that differ by this part of the largest are those of equal samples.
 _EQUAL = 1e-14
@@ -74,9 +76,12 @@ class Modalities:
         samples: The samples.
         counts: K for each modality.
         options: Of the fit.
+        core: Whether the compiled core may fit.
     """
 
-    def __init__(self, samples: Samples, counts: Sequence[int], options: FitOptions) -> None:
+    def __init__(
+        self, samples: Samples, counts: Sequence[int], options: FitOptions, core: bool = True
+    ) -> None:
         self.samples = samples
         self._counts, self._options = counts, options
         self._sizes = [x.shape[-2] for x in samples.features]
@@ -88,7 +93,7 @@ class Modalities:
         # EM takes at least one row.
         self._rows = max(1, *self._sizes) if together else 1
         self._standardised: list[Standardised] | None = None
-        self._grad = torch.is_grad_enabled()
+        self._grad, self._core = torch.is_grad_enabled(), core
 
     @property
     def _data(self) -> list[Standardised]:
@@ -114,7 +119,8 @@ class Modalities:
         steps = options.em_iterations if iterations is None else iterations
         fields = [x for start in starts or () for x in parameters_of(start)]
         if (
-            options.covariance_type not in ("diag", "spherical")
+            not self._core
+            or options.covariance_type not in ("diag", "spherical")
             or options.regularization < SMALLEST_FLOOR
             or options.process_group is not None
             or (starts is None and options.init != "kmeans++")
@@ -188,11 +194,11 @@ class Modalities:
             pairs = zip(self._data, self._begin(starts, started), strict=True)
             return [fit_standard(*pair, self._options) for pair in pairs]
 
-    def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
+    def fit_with_posterior(self) -> tuple[list[GaussianMixture], Moments]:
         """Return the mixtures after all iterations, and the posterior moments under them."""
         core = self._in_core()
         if core is not None:
-            return self._core_mixtures(core), core_moments(core.moments, self._counts)
+            return self._core_mixtures(core), core.moments
         with torch.set_grad_enabled(self._options.grad):
             pairs = zip(self._data, self._begin(), strict=True)
         fits = [fit_with_posterior(*pair, self._options) for pair in pairs]
@@ -204,11 +210,11 @@ class Modalities:
             kind = self._options.covariance_type
             return self._mixtures(with_matrices(seed, kind) for seed in self._seeds())
 
-    def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
+    def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> Moments:
         """Return the posterior moments of the samples under given mixtures."""
         core = self._in_core(mixtures, iterations=0)
         if core is not None:
-            return core_moments(core.moments, self._counts)
+            return core.moments
         pairs = zip(self._data, self._to_standard(mixtures), strict=True)
         return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
 

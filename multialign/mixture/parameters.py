@@ -16,13 +16,13 @@ __all__ = [
     "Parameters",
     "PosteriorMoments",
     "Standardised",
-    "core_moments",
     "from_standard",
     "moments_from_standard",
     "select",
     "stack_modalities",
     "standardise",
     "to_standard",
+    "unpack_moments",
     "unstack_modalities",
     "with_matrices",
 ]
@@ -129,8 +129,8 @@ def moments_from_standard(moments: PosteriorMoments, data: Standardised) -> Post
     return PosteriorMoments(weights, means, data.scale.square().squeeze(-1) * scatters)
 
 
-def core_moments(packed: Tensor, counts: Sequence[int]) -> list[PosteriorMoments]:
-    """Return the posterior moments that the core packs into `(*batch, sum K, D + 2)`."""
+def unpack_moments(packed: Tensor, counts: Sequence[int]) -> list[PosteriorMoments]:
+    """Return the posterior moments of each modality, given all, `(*batch, sum K, D + 2)`."""
     parts = packed.split(list(counts), -2)
     return [PosteriorMoments(x[..., 0], x[..., 2:], x[..., 1]) for x in parts]
 

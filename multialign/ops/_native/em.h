@@ -97,15 +97,17 @@ static double expect(const Samples *s, const double *state, const Scratch *w)
             totals[n] += row[n];
         }
     }
+    SIMD_SUM(likelihood) for (int64_t n = 0; n < rows; n++) {
+        likelihood += s->mass[n] * (tops[n] + log_of(totals[n]));
+        totals[n] = 1 / totals[n];
+    }
     for (int64_t k = 0; k < count; k++) {
         double *row = w->posteriors + k * rows, *joint = w->joint + k * rows;
         SIMD for (int64_t n = 0; n < rows; n++) {
-            row[n] /= totals[n];
+            row[n] *= totals[n];
             joint[n] = s->mass[n] * row[n];
         }
     }
-    SIMD_SUM(likelihood) for (int64_t n = 0; n < rows; n++)
-        likelihood += s->mass[n] * (tops[n] + log_of(totals[n]));
     return likelihood;
 }
 
@@ -121,8 +123,9 @@ static double em_step(const Samples *s, const double *before, double *after, con
     for (int64_t k = 0; k < count; k++) {
         double share = 0;
         SIMD_SUM(share) for (int64_t n = 0; n < rows; n++) share += w->joint[k * rows + n];
+        const double inverse = 1 / (share + INERTIA);
         SIMD for (int64_t i = k * width; i < (k + 1) * width; i++)
-            moments[i] = (moments[i] + INERTIA * old[i]) / (share + INERTIA);
+            moments[i] = (moments[i] + INERTIA * old[i]) * inverse;
         after[k] = share + (s->absent ? before[k] : 0);
     }
     return likelihood;
