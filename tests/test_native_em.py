@@ -338,6 +338,7 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
 def test_forward_mode_takes_torch():
     x = clouds((15, 15))
     directions = [torch.randn_like(f) for f in x]

@@ -316,6 +316,19 @@ static void fit_modality(const Fit *f, int64_t b, int64_t m, const Modality *q, 
 #undef STATE
 }
 
+/* Turn a derivative by the state before a step into one by that after it, as if means and variances
+ * were the same: moments E x^2 of the same variance have another derivative by the mean. */
+static void same_variances(const Samples *s, const double *before, const double *after,
+                           double *by_state)
+{
+    const int64_t dim = s->dim;
+    for (int64_t k = 0; k < s->count; k++) {
+        const int64_t row = s->count + k * 2 * dim;
+        for (int64_t d = row; d < row + dim; d++)
+            by_state[dim + d] += (after[dim + d] - before[dim + d]) * by_state[d];
+    }
+}
+
 /* Take derivatives by the mixture and the moments of modality m of problem b back to its samples
  * and the start; `longest` is the largest number of iterations in the batch. */
 static void fit_modality_back(const Fit *f, int64_t b, int64_t m, const Modality *q,
@@ -374,6 +387,7 @@ static void fit_modality_back(const Fit *f, int64_t b, int64_t m, const Modality
         const int64_t back = last ? 1 + (report[1] != 0 ? longest - 1 : 0) : steps;
         for (int64_t i = 0; i < back; i++) {
             const int64_t t = last ? steps : steps - i;
+            if (last && i > 0) same_variances(&q->samples, STATE(t - 1), STATE(t), by->state);
             em_step_back(&q->samples, STATE(t - 1), STATE(t), by, w);
         }
         if (last || !drawn) /* the variances that it ends at do not depend on the floor */
