@@ -20,7 +20,7 @@ from multialign._validation import (
     check_size,
     full_precision,
 )
-from multialign.costs import bures_wasserstein_cost, pairwise_bures_cost
+from multialign.costs import costs_between_sets
 from multialign.mixture import (
     CovarianceType,
     Differentiate,
@@ -101,11 +101,6 @@ class _Options:
     prototype_weight: float
     fit: FitOptions
     solver: SolverOptions
-
-    @property
-    def takes_core(self) -> bool:
-        """Whether the compiled core may fit."""
-        return self.solver.backend in ("auto", "native")
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "transport_weight", "prototype_weight"):
@@ -211,7 +206,7 @@ def prototype_alignment_loss(
     samples = make_samples(*check_samples(features, weights), options.fit.ranks)
     counts = _counts(num_prototypes, len(samples.features), options.matching)
     with full_precision(samples.features[0]):
-        modalities = Modalities(samples, counts, options.fit, options.takes_core)
+        modalities = Modalities(samples, counts, options.fit, options.solver.backend)
         return _loss(_make_fit(samples, *modalities.fit_with_posterior(), options), options)
 
 
@@ -371,7 +366,7 @@ class PrototypeAlignmentLoss(MomentumModule):
         check_size("features", "num_modalities", self.num_modalities, len(counts))
         check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
         with full_precision(samples.features[0]):
-            modalities = Modalities(samples, counts, options.fit, options.takes_core)
+            modalities = Modalities(samples, counts, options.fit, options.solver.backend)
             if momentum is None:
                 return _make_fit(samples, *modalities.fit_with_posterior(), options), options
             models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
@@ -398,9 +393,8 @@ class _Fit(NamedTuple):
     moments: Moments
     """Posterior moments of the samples under the mixtures."""
     costs: Sequence[Tensor] | None = None
-    """Costs between the components of each pair, where the core has computed them."""
     term: Tensor | None = None
-    """The second term of Eq. 9 of each problem by the index, where the core has computed it."""
+    """Where the core has computed them: costs of each pair, and the second term by the index."""
 
 
 def _make_fit(
@@ -409,10 +403,9 @@ def _make_fit(
     """Return the fit, with what the core computes from its own."""
     if not isinstance(moments, Tensor):
         return _Fit(samples, mixtures, moments)
-    means = [mixture.means for mixture in mixtures]
-    variances = [mixture.component_covariances() for mixture in mixtures]
+    sets = [(m.means, m.component_covariances()) for m in mixtures]
     present = samples.present.double().movedim(0, -1)
-    terms = pair_terms(means, variances, moments, present, _scale(samples, options))
+    terms = pair_terms(sets, moments, present, _scale(samples, options))
     return _Fit(samples, mixtures, moments, *terms)
 
 
@@ -432,33 +425,17 @@ def _loss(fit: _Fit, options: _Options) -> Tensor:
 def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     """Return the transport between the components."""
     pairs = list(combinations(range(len(fit.mixtures)), 2))
-    tables = _costs(fit.samples, fit.mixtures, options) if fit.costs is None else fit.costs
+    tables, scale = fit.costs, _scale(fit.samples, options)
+    if tables is None:
+        sets = [(m.means, m.component_covariances()) for m in fit.mixtures]
+        tables = [scale * cost for cost in costs_between_sets(sets, pairs)]
     costs = dict(zip(pairs, tables, strict=True))
     marginals = [mixture.weights for mixture in fit.mixtures]
     if not fit.samples.complete:
         marginals = [
-            weights * present.unsqueeze(-1)
-            for weights, present in zip(marginals, fit.samples.present, strict=True)
+            w * p.unsqueeze(-1) for w, p in zip(marginals, fit.samples.present, strict=True)
         ]
     return solve_problem(make_problem(costs, marginals, options.epsilon), options.solver)
-
-
-def _costs(
-    samples: Samples, mixtures: Sequence[GaussianMixture], options: _Options
-) -> Sequence[Tensor]:
-    """Return the costs between the components of each pair."""
-    pairs, scale = list(combinations(range(len(mixtures)), 2)), _scale(samples, options)
-    if len({mixture.num_components for mixture in mixtures}) == 1:
-        stacked = GaussianMixture(
-            weights=torch.stack([mixture.weights for mixture in mixtures]),
-            means=torch.stack([mixture.means for mixture in mixtures]),
-            covariances=torch.stack([mixture.covariances for mixture in mixtures]),
-            covariance_type=options.fit.covariance_type,
-        )
-        costs = pairwise_bures_cost(stacked.means, stacked.component_covariances(), pairs)
-        return (scale * costs).unbind(0)
-    sets = [(mixture.means, mixture.component_covariances()) for mixture in mixtures]
-    return [scale * bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
 
 
 def _scale(samples: Samples, options: _Options) -> float:
@@ -478,34 +455,29 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
     The mean squared distance of a component's samples from a point is that from their own mean,
     plus that of the mean from the point. So all pairs share the sums over samples.
     """
-    samples, mixtures, dtype = fit.samples, fit.mixtures, fit.samples.features[0].dtype
+    samples, mixtures = fit.samples, fit.mixtures
     if fit.term is not None and options.matching == "index":
-        return fit.term.mean().to(dtype)
-    moments = fit.moments
-    if isinstance(moments, Tensor):
-        moments = unpack_moments(moments, [mixture.num_components for mixture in mixtures])
+        return fit.term.mean().to(samples.features[0].dtype)
+    counts, moments = [mixture.num_components for mixture in mixtures], fit.moments
+    moments = unpack_moments(moments, counts) if isinstance(moments, Tensor) else moments
     pairs = list(permutations(range(len(mixtures)), 2))
     # One call computes all pairs of mixtures that have the same K.
-    alike = len({mixture.num_components for mixture in mixtures}) == 1
     terms = []
-    for group in [pairs] if alike else [[pair] for pair in pairs]:
-        weights, means, scatters = (
-            torch.stack([moments[i][field] for i, _ in group]) for field in range(3)
-        )
+    for group in [pairs] if len(set(counts)) == 1 else [[pair] for pair in pairs]:
+        parts = zip(*(moments[i] for i, _ in group), strict=True)
+        weights, means, scatters = (torch.stack(part) for part in parts)
         targets = torch.stack([mixtures[j].means for _, j in group]).double()
         if options.matching == "plan" and solution is not None:
-            plans = [solution.pairwise_marginal(i, j) for i, j in group]
-            plan = torch.stack(plans).double()
+            plan = torch.stack([solution.pairwise_marginal(i, j) for i, j in group]).double()
             mass = plan.sum(-1, keepdim=True)
             targets = (plan / torch.where(mass == 0, 1.0, mass)) @ targets
         distances = (means - targets).square().sum(-1)
         term = torch.addcmul(scatters, weights, distances).sum(-1)
         if not samples.complete:
-            both = [samples.present[i] * samples.present[j] for i, j in group]
-            term = torch.stack(both) * term
+            term = torch.stack([samples.present[i] * samples.present[j] for i, j in group]) * term
         terms.append(term.sum(0))
     total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
-    return (_scale(samples, options) * total).to(dtype)
+    return (_scale(samples, options) * total).to(samples.features[0].dtype)
 
 
 def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:

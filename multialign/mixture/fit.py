@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ from multialign.mixture.parameters import (
     with_matrices,
 )
 from multialign.mixture.seeds import core_draws, draw_means, start_parameters
-from multialign.ops import AxesFit, FitSettings, core_fits, fit_axes, has_tangent
+from multialign.ops import AxesFit, Backend, FitSettings, core_fits, fit_axes, has_tangent
 
 __all__ = ["Modalities", "Moments", "fit_gaussian_mixture", "one_modality"]
 
@@ -76,11 +76,15 @@ class Modalities:
         samples: The samples.
         counts: K for each modality.
         options: Of the fit.
-        core: Whether the compiled core may fit.
+        backend: "auto" and "native" let the compiled core fit what it takes.
     """
 
     def __init__(
-        self, samples: Samples, counts: Sequence[int], options: FitOptions, core: bool = True
+        self,
+        samples: Samples,
+        counts: Sequence[int],
+        options: FitOptions,
+        backend: Backend | Literal["native"] = "auto",
     ) -> None:
         self.samples = samples
         self._counts, self._options = counts, options
@@ -93,7 +97,7 @@ class Modalities:
         # EM takes at least one row.
         self._rows = max(1, *self._sizes) if together else 1
         self._standardised: list[Standardised] | None = None
-        self._grad, self._core = torch.is_grad_enabled(), core
+        self._grad, self._core = torch.is_grad_enabled(), backend in ("auto", "native")
 
     @property
     def _data(self) -> list[Standardised]:
@@ -124,7 +128,7 @@ class Modalities:
             or options.regularization < SMALLEST_FLOOR
             or options.process_group is not None
             or (starts is None and options.init != "kmeans++")
-            or not core_fits(samples.features, counts, steps)
+            or not core_fits(samples.features)
             or has_tangent(*samples.features, *samples.masses, *fields)
         ):
             return None
@@ -137,7 +141,7 @@ class Modalities:
         )
         draws = core_draws(samples, counts, options) if starts is None else ((), ())
         return fit_axes(
-            samples.features, samples.masses, samples.origins, fields, draws, counts, settings
+            samples.features, samples.masses, [*samples.origins], fields, draws, counts, settings
         )
 
     def _core_mixtures(self, fit: AxesFit) -> list[GaussianMixture]:

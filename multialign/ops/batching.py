@@ -75,4 +75,4 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
