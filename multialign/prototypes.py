@@ -432,9 +432,7 @@ def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     costs = dict(zip(pairs, tables, strict=True))
     marginals = [mixture.weights for mixture in fit.mixtures]
     if not fit.samples.complete:
-        marginals = [
-            w * p.unsqueeze(-1) for w, p in zip(marginals, fit.samples.present, strict=True)
-        ]
+        marginals = [*map(torch.mul, marginals, fit.samples.present.unsqueeze(-1))]
     return solve_problem(make_problem(costs, marginals, options.epsilon), options.solver)
 
 
