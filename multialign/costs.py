@@ -10,7 +10,12 @@ from torch import Tensor
 from multialign._validation import check_alike, check_entries, check_tensor, full_precision, lift
 from multialign.ops.spectral import SquareRoot, nuclear_norms, square_root, take
 
-__all__ = ["bures_wasserstein_cost", "pairwise_bures_cost", "squared_euclidean_cost"]
+__all__ = [
+    "bures_wasserstein_cost",
+    "costs_between_sets",
+    "pairwise_bures_cost",
+    "squared_euclidean_cost",
+]
 
 # Up to this many differences x_nd - y_md are formed one by one, which is exact. Beyond it the
 # square is expanded into a matrix product, which is faster and needs no (N, M, D) intermediate.
@@ -152,6 +157,16 @@ def pairwise_bures_cost(
     with full_precision(cost):
         roots = square_root(covariances)
         return cost + _bures(roots.take(left), roots.take(right)).to(cost.dtype)
+
+
+def costs_between_sets(
+    sets: Sequence[tuple[Tensor, Tensor]], pairs: Sequence[tuple[int, int]]
+) -> Sequence[Tensor]:
+    """Return `bures_wasserstein_cost` of pairs of sets, each of means and covariances."""
+    means, covariances = zip(*sets, strict=True)
+    if len({x.shape for x in means}) == 1:
+        return pairwise_bures_cost(torch.stack(means), torch.stack(covariances), pairs).unbind(0)
+    return [bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
 
 
 def _check_gaussians(name: str, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from multialign._validation import (
     check_size,
     full_precision,
 )
-from multialign.costs import bures_wasserstein_cost, pairwise_bures_cost
+from multialign.costs import costs_between_sets
 from multialign.mixture import (
     CovarianceType,
     Differentiate,
@@ -28,11 +28,13 @@ from multialign.mixture import (
     GaussianMixture,
     GaussianPrototypes,
     Modalities,
+    Moments,
     MomentumModule,
     check_momentum,
     running_mixtures,
+    unpack_moments,
 )
-from multialign.ops import Backend
+from multialign.ops import Backend, pair_terms
 from multialign.transport.options import Method, SolverOptions
 from multialign.transport.prepare import check_arguments
 from multialign.transport.solution import TransportSolution
@@ -205,9 +207,8 @@ def prototype_alignment_loss(
     samples = make_samples(*check_samples(features, weights), options.fit.ranks)
     counts = _counts(num_prototypes, len(samples.features), options.matching)
     with full_precision(samples.features[0]):
-        return _loss(
-            _Fit(samples, *Modalities(samples, counts, options.fit).fit_with_posterior()), options
-        )
+        modalities = Modalities(samples, counts, options.fit, options.solver.backend)
+        return _loss(_make_fit(samples, *modalities.fit_with_posterior(), options), options)
 
 
 class PrototypeAlignmentLoss(MomentumModule):
@@ -366,12 +367,13 @@ class PrototypeAlignmentLoss(MomentumModule):
         check_size("features", "num_modalities", self.num_modalities, len(counts))
         check_size("features", "num_features", self.num_features, samples.features[0].shape[-1])
         with full_precision(samples.features[0]):
-            modalities = Modalities(samples, counts, options.fit)
+            modalities = Modalities(samples, counts, options.fit, options.solver.backend)
             if momentum is None:
-                return _Fit(samples, *modalities.fit_with_posterior()), options
+                return _make_fit(samples, *modalities.fit_with_posterior(), options), options
             models = [model for model in self.prototypes if isinstance(model, GaussianPrototypes)]
             mixtures = running_mixtures(models, modalities, options.fit, momentum, self.training)
-            return _Fit(samples, mixtures, modalities.posterior_moments(mixtures)), options
+            moments = modalities.posterior_moments(mixtures)
+            return _make_fit(samples, mixtures, moments, options), options
 
 
 def _sort_options(arguments: Mapping[str, Any]) -> _Options:
@@ -389,8 +391,23 @@ class _Fit(NamedTuple):
 
     samples: Samples
     mixtures: list[GaussianMixture]
-    moments: Sequence[tuple[Tensor, Tensor, Tensor]]
-    """Posterior moments of the samples under the mixtures: weights, means and scatters."""
+    moments: Moments
+    """Posterior moments of the samples under the mixtures."""
+    costs: Sequence[Tensor] | None = None
+    term: Tensor | None = None
+    """Where the core has computed them: costs of each pair, and the second term by the index."""
+
+
+def _make_fit(
+    samples: Samples, mixtures: list[GaussianMixture], moments: Moments, options: _Options
+) -> _Fit:
+    """Return the fit, with what the core computes from its own."""
+    if not isinstance(moments, Tensor):
+        return _Fit(samples, mixtures, moments)
+    sets = [(m.means, m.component_covariances()) for m in mixtures]
+    present = samples.present.double().movedim(0, -1)
+    terms = pair_terms(sets, moments, present, _scale(samples, options))
+    return _Fit(samples, mixtures, moments, *terms)
 
 
 def _loss(fit: _Fit, options: _Options) -> Tensor:
@@ -409,36 +426,20 @@ def _loss(fit: _Fit, options: _Options) -> Tensor:
 def _solve(fit: _Fit, options: _Options) -> TransportSolution:
     """Return the transport between the components."""
     pairs = list(combinations(range(len(fit.mixtures)), 2))
-    costs = dict(zip(pairs, _costs(fit, pairs, options), strict=True))
+    tables, scale = fit.costs, _scale(fit.samples, options)
+    if tables is None:
+        sets = [(m.means, m.component_covariances()) for m in fit.mixtures]
+        tables = [scale * cost for cost in costs_between_sets(sets, pairs)]
+    costs = dict(zip(pairs, tables, strict=True))
     marginals = [mixture.weights for mixture in fit.mixtures]
     if not fit.samples.complete:
-        marginals = [
-            weights * present.unsqueeze(-1)
-            for weights, present in zip(marginals, fit.samples.present, strict=True)
-        ]
+        marginals = [*map(torch.mul, marginals, fit.samples.present.unsqueeze(-1))]
     return solve(check_arguments(costs, marginals, options.epsilon), options.solver)
 
 
-def _costs(fit: _Fit, pairs: Sequence[tuple[int, int]], options: _Options) -> Sequence[Tensor]:
-    """Return the costs between the components of each pair."""
-    if len({mixture.num_components for mixture in fit.mixtures}) == 1:
-        stacked = GaussianMixture(
-            weights=torch.stack([mixture.weights for mixture in fit.mixtures]),
-            means=torch.stack([mixture.means for mixture in fit.mixtures]),
-            covariances=torch.stack([mixture.covariances for mixture in fit.mixtures]),
-            covariance_type=options.fit.covariance_type,
-        )
-        costs = pairwise_bures_cost(stacked.means, stacked.component_covariances(), pairs)
-        return _reduce(costs, fit, options).unbind(0)
-    sets = [(mixture.means, mixture.component_covariances()) for mixture in fit.mixtures]
-    tables = [bures_wasserstein_cost(*sets[i], *sets[j]) for i, j in pairs]
-    return [_reduce(table, fit, options) for table in tables]
-
-
-def _reduce(total: Tensor, fit: _Fit, options: _Options) -> Tensor:
-    """Return a sum over the features, or their mean if `cost_reduction` is "mean"."""
-    mean = options.cost_reduction == "mean"
-    return total / fit.samples.features[0].shape[-1] if mean else total
+def _scale(samples: Samples, options: _Options) -> float:
+    """Return what multiplies a sum over the features to make it what `cost_reduction` says."""
+    return 1 / samples.features[0].shape[-1] if options.cost_reduction == "mean" else 1.0
 
 
 def _transport_loss(solution: TransportSolution, options: _Options) -> Tensor:
@@ -454,28 +455,28 @@ def _prototype_loss(fit: _Fit, solution: TransportSolution | None, options: _Opt
     plus that of the mean from the point. So all pairs share the sums over samples.
     """
     samples, mixtures = fit.samples, fit.mixtures
+    if fit.term is not None and options.matching == "index":
+        return fit.term.mean().to(samples.features[0].dtype)
+    counts, moments = [mixture.num_components for mixture in mixtures], fit.moments
+    moments = unpack_moments(moments, counts) if isinstance(moments, Tensor) else moments
     pairs = list(permutations(range(len(mixtures)), 2))
     # One call computes all pairs of mixtures that have the same K.
-    alike = len({mixture.num_components for mixture in mixtures}) == 1
     terms = []
-    for group in [pairs] if alike else [[pair] for pair in pairs]:
-        weights, means, scatters = (
-            torch.stack([fit.moments[i][field] for i, _ in group]) for field in range(3)
-        )
+    for group in [pairs] if len(set(counts)) == 1 else [[pair] for pair in pairs]:
+        parts = zip(*(moments[i] for i, _ in group), strict=True)
+        weights, means, scatters = (torch.stack(part) for part in parts)
         targets = torch.stack([mixtures[j].means for _, j in group]).double()
         if options.matching == "plan" and solution is not None:
-            plans = [solution.pairwise_marginal(i, j) for i, j in group]
-            plan = torch.stack(plans).double()
+            plan = torch.stack([solution.pairwise_marginal(i, j) for i, j in group]).double()
             mass = plan.sum(-1, keepdim=True)
             targets = (plan / torch.where(mass == 0, 1.0, mass)) @ targets
         distances = (means - targets).square().sum(-1)
         term = torch.addcmul(scatters, weights, distances).sum(-1)
         if not samples.complete:
-            both = [samples.present[i] * samples.present[j] for i, j in group]
-            term = torch.stack(both) * term
+            term = torch.stack([samples.present[i] * samples.present[j] for i, j in group]) * term
         terms.append(term.sum(0))
     total = sum(terms[1:], start=terms[0]).mean() / len(pairs)
-    return _reduce(total, fit, options).to(samples.features[0].dtype)
+    return (_scale(samples, options) * total).to(samples.features[0].dtype)
 
 
 def _counts(num_prototypes: object, num_modalities: int | None, matching: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ from multialign.mixture.em import (
     log_likelihood,
     posterior_moments,
 )
+from multialign.mixture.em_moments import SMALLEST_FLOOR
 from multialign.mixture.options import Differentiate, FitOptions, Init
 from multialign.mixture.parameters import (
     CovarianceType,
     Parameters,
     PosteriorMoments,
+    Standardised,
     from_standard,
     moments_from_standard,
     select,
@@ -49,9 +51,13 @@ from multialign.mixture.parameters import (
     unstack_modalities,
     with_matrices,
 )
-from multialign.mixture.seeds import draw_means, start_parameters
+from multialign.mixture.seeds import core_draws, draw_means, start_parameters
+from multialign.ops import AxesFit, Backend, FitSettings, core_fits, fit_axes, has_tangent
 
-__all__ = ["Modalities", "fit_gaussian_mixture", "one_modality"]
+__all__ = ["Modalities", "Moments", "fit_gaussian_mixture", "one_modality"]
+
+Moments = Sequence[PosteriorMoments] | Tensor
+"""Posterior moments of each modality, or of all in one tensor: see `unpack_moments`."""
 
 # Sums of features that differ by this part of the largest are those of equal samples.
 _EQUAL = 1e-14
@@ -70,9 +76,16 @@ class Modalities:
         samples: The samples.
         counts: K for each modality.
         options: Of the fit.
+        backend: "auto" and "native" let the compiled core fit what it takes.
     """
 
-    def __init__(self, samples: Samples, counts: Sequence[int], options: FitOptions) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        counts: Sequence[int],
+        options: FitOptions,
+        backend: Backend | Literal["native"] = "auto",
+    ) -> None:
         self.samples = samples
         self._counts, self._options = counts, options
         self._sizes = [x.shape[-2] for x in samples.features]
@@ -82,14 +95,59 @@ class Modalities:
         together = len(set(counts)) == 1 and equal_sizes
         self._stacks = [list(every)] if together else [[m] for m in every]
         # EM takes at least one row.
-        padded = pad_rows(samples, max(1, *self._sizes) if together else 1)
-        self._data = standardise(
-            self._stack_tensors(padded.features),
-            self._stack_tensors(padded.masses),
-            padded.origins.unbind(0) if len(self._stacks) == len(counts) else [padded.origins],
+        self._rows = max(1, *self._sizes) if together else 1
+        self._standardised: list[Standardised] | None = None
+        self._grad, self._core = torch.is_grad_enabled(), backend in ("auto", "native")
+
+    @property
+    def _data(self) -> list[Standardised]:
+        """The samples in their own units, stacked."""
+        if self._standardised is None:
+            padded = pad_rows(self.samples, self._rows)
+            alone = len(self._stacks) == len(self._counts)
+            with torch.set_grad_enabled(self._grad):
+                self._standardised = standardise(
+                    self._stack_tensors(padded.features),
+                    self._stack_tensors(padded.masses),
+                    padded.origins.unbind(0) if alone else [padded.origins],
+                    self._options.regularization,
+                    self._options.ranks,
+                )
+        return self._standardised
+
+    def _in_core(
+        self, starts: Sequence[GaussianMixture] | None = None, *, iterations: int | None = None
+    ) -> AxesFit | None:
+        """Return the fit that the compiled core makes; None if it does not take these samples."""
+        options, samples, counts = self._options, self.samples, self._counts
+        steps = options.em_iterations if iterations is None else iterations
+        fields = [x for start in starts or () for x in parameters_of(start)]
+        if (
+            not self._core
+            or options.covariance_type not in ("diag", "spherical")
+            or options.regularization < SMALLEST_FLOOR
+            or options.process_group is not None
+            or (starts is None and options.init != "kmeans++")
+            or not core_fits(samples.features)
+            or has_tangent(*samples.features, *samples.masses, *fields)
+        ):
+            return None
+        settings = FitSettings(
+            options.covariance_type == "spherical",
+            options.differentiate if steps else "unroll",
+            steps,
             options.regularization,
-            ranks,
+            options.em_tolerance or 0.0,
         )
+        draws = core_draws(samples, counts, options) if starts is None else ((), ())
+        return fit_axes(
+            samples.features, samples.masses, [*samples.origins], fields, draws, counts, settings
+        )
+
+    def _core_mixtures(self, fit: AxesFit) -> list[GaussianMixture]:
+        kind = self._options.covariance_type
+        triples = zip(fit.weights, fit.means, fit.covariances, strict=True)
+        return [as_mixture(Parameters(*triple), kind) for triple in triples]
 
     def fit(
         self,
@@ -102,12 +160,22 @@ class Modalities:
             starts: None for seeds, or the mixture that EM starts from in each modality.
             started: None, or whether to start from it, `(*batch)` for each modality.
         """
+        with torch.set_grad_enabled(self._options.grad):
+            core = self._in_core(starts) if started is None else None
+        if core is not None:
+            return self._core_mixtures(core)
         return self._mixtures(fitted for fitted, _ in self._fit(starts, started))
 
     def fit_with_report(
         self, starts: Sequence[GaussianMixture] | None = None
     ) -> list[GaussianMixture]:
         """Return the same mixtures, which tell of their fit. This takes one more E-step."""
+        with torch.set_grad_enabled(self._options.grad):
+            core = self._in_core(starts)
+        if core is not None:
+            parts = [x.unbind(-1) for x in core.report.unbind(-2)]
+            found = [Report(n.long(), done > 0, x.to(self._dtype)) for n, done, x in parts]
+            return list(map(with_report, self._core_mixtures(core), found))
         fits, reports = self._fit(starts, None), []
         for (fitted, ending), data in zip(fits, self._data, strict=True):
             # The density of samples in their own units is that of standardised ones over s^D.
@@ -130,8 +198,11 @@ class Modalities:
             pairs = zip(self._data, self._begin(starts, started), strict=True)
             return [fit_standard(*pair, self._options) for pair in pairs]
 
-    def fit_with_posterior(self) -> tuple[list[GaussianMixture], list[PosteriorMoments]]:
+    def fit_with_posterior(self) -> tuple[list[GaussianMixture], Moments]:
         """Return the mixtures after all iterations, and the posterior moments under them."""
+        core = self._in_core()
+        if core is not None:
+            return self._core_mixtures(core), core.moments
         with torch.set_grad_enabled(self._options.grad):
             pairs = zip(self._data, self._begin(), strict=True)
         fits = [fit_with_posterior(*pair, self._options) for pair in pairs]
@@ -143,8 +214,11 @@ class Modalities:
             kind = self._options.covariance_type
             return self._mixtures(with_matrices(seed, kind) for seed in self._seeds())
 
-    def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> list[PosteriorMoments]:
+    def posterior_moments(self, mixtures: Sequence[GaussianMixture]) -> Moments:
         """Return the posterior moments of the samples under given mixtures."""
+        core = self._in_core(mixtures, iterations=0)
+        if core is not None:
+            return core.moments
         pairs = zip(self._data, self._to_standard(mixtures), strict=True)
         return self._moments(posterior_moments(*pair, self._options) for pair in pairs)
 

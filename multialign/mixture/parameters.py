@@ -22,6 +22,7 @@ __all__ = [
     "stack_modalities",
     "standardise",
     "to_standard",
+    "unpack_moments",
     "unstack_modalities",
     "with_matrices",
 ]
@@ -126,6 +127,12 @@ def moments_from_standard(moments: PosteriorMoments, data: Standardised) -> Post
     weights, means, scatters = moments
     means = torch.addcmul(data.origin, data.scale, means)
     return PosteriorMoments(weights, means, data.scale.square().squeeze(-1) * scatters)
+
+
+def unpack_moments(packed: Tensor, counts: Sequence[int]) -> list[PosteriorMoments]:
+    """Return the posterior moments of each modality, given all, `(*batch, sum K, D + 2)`."""
+    parts = packed.split(list(counts), -2)
+    return [PosteriorMoments(x[..., 0], x[..., 2:], x[..., 1]) for x in parts]
 
 
 def _for_covariances(number: Tensor, covariances: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import threshold
 
 from multialign._draws import normal, uniform
-from multialign._samples import take_rows
+from multialign._samples import Samples, take_rows
 from multialign.costs import squared_euclidean_cost
 from multialign.mixture.options import FitOptions
 from multialign.mixture.parameters import (
@@ -20,10 +20,12 @@ from multialign.mixture.parameters import (
     unstack_modalities,
 )
 
-__all__ = ["draw_means", "start_parameters"]
+__all__ = ["core_draws", "draw_means", "start_parameters"]
 
 # Of the sum of weights times squared distances, per dimension: the rounding of a distance of 0.
 _ROUNDING = 1e-14
+# Sums that differ by less, relatively, are equal.
+_TIE = 1e-9
 # Of the variance, what components begin with at least: that of samples all drawn may be 0.
 _LEAST_SHARE = 1e-3
 
@@ -97,6 +99,37 @@ def draw_means(
     return ranks.sum(means)
 
 
+def core_draws(
+    samples: Samples, counts: Sequence[int], options: FitOptions
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the random numbers that `draw_means` draws, for the compiled core.
+
+    These are a direction and uniform numbers for the modalities together, where they are paired,
+    and for each alone, where that may be needed.
+    """
+    features = samples.features
+    *batch, _, dim = features[0].shape
+    like, count = features[0].new_empty((), dtype=torch.float64), max(counts)
+
+    def draw(first: Sequence[int], size: int, count: int) -> tuple[Tensor, Tensor]:
+        direction = normal([size], like, options.generator).expand(*batch, size)
+        shape = [*first, *batch, count, _candidates(count)]
+        return direction, uniform(shape, like, options.generator)
+
+    if len(features) == 1 or len({x.shape[-2] for x in features}) > 1:
+        return [], [x for k in counts for x in draw([], dim, k)]
+    paired = draw([], len(features) * dim, count)
+    if not samples.weighted:
+        return [*paired], []
+    direction, uniforms = draw([len(features)], dim, count)
+    return [*paired], [x for own in uniforms.unbind(0) for x in (direction, own)]
+
+
+def _candidates(count: int) -> int:
+    """Return how many samples are tried for each of `count` seeds, as scikit-learn does."""
+    return 2 + int(math.log(count))
+
+
 def _draw_together(
     features: Sequence[Tensor],
     masses: Sequence[Tensor],
@@ -161,8 +194,7 @@ def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | 
     least sum of these products.
     """
     *batch, rows, dim = x.shape
-    candidates = 2 + int(math.log(count))  # as many as scikit-learn draws
-    draws = uniform([*batch, count, candidates], x, generator).unbind(-2)
+    draws = uniform([*batch, count, _candidates(count)], x, generator).unbind(-2)
     # Squared distances times masses are one product: |y|^2 - 2 x y + |x|^2.
     square, ones = x.square().sum(-1, keepdim=True), x.new_ones(*batch, rows, 1)
     left = torch.cat([-2 * x, square, ones], -1)
@@ -178,7 +210,10 @@ def _draw_far(x: Tensor, mass: Tensor, count: int, generator: torch.Generator | 
         cumulative = torch.where(cumulative[..., -1:] == 0, first, cumulative)
         row = _pick(cumulative, draw)
         left_over = torch.minimum(chance.unsqueeze(-2), take_rows(left, row) @ right)
-        best = left_over.sum(-1).argmin(-1, keepdim=True)
+        sums = left_over.sum(-1)
+        # The last two samples of a cluster leave the same sum, up to rounding: take the first.
+        least = (1 + _TIE) * sums.amin(-1, keepdim=True)
+        best = (sums <= least).byte().argmax(-1, keepdim=True)
         chosen.append(row.gather(-1, best))
         chance = left_over.gather(-2, best.unsqueeze(-1).expand(*batch, 1, rows)).squeeze(-2)
     return torch.cat(chosen, -1)

@@ -3,6 +3,7 @@
 from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
 from multialign.ops.gaussian import gaussian_form
+from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -16,12 +17,16 @@ from multialign.ops.tangents import has_tangent
 
 __all__ = [
     "BACKENDS",
+    "AxesFit",
     "Backend",
+    "FitSettings",
     "Implementation",
     "LogProduct",
     "Solved",
     "StreamedProduct",
     "choose_backend",
+    "core_fits",
+    "fit_axes",
     "fits_whole",
     "gaussian_form",
     "has_tangent",
@@ -30,6 +35,7 @@ __all__ = [
     "log_matvec",
     "log_product",
     "logsumexp",
+    "pair_terms",
     "real",
     "register_batched_vmap",
     "solve_small",

@@ -296,7 +296,7 @@ static const double MOST_COST = 268435456.0;
 static const size_t TRIANGLE_ENTRIES = 128;
 
 /* Read a problem of the batch. SOLVED: it can be solved; STOPPED: its result is NaN; LEFT. */
-static int load(Loaded *loaded, const Call *call, size_t b)
+static int load_problem(Loaded *loaded, const Call *call, size_t b)
 {
     Problem *problem = &loaded->problem;
     problem->epsilon = call->epsilon[b];
@@ -560,7 +560,7 @@ EXPORTED(int, transport)(const Call *call, int64_t begin, int64_t end)
     int worst = SOLVED;
     for (int64_t b = begin; b < end; b++) {
         loaded.arena = empty;
-        int status = load(&loaded, call, b);
+        int status = load_problem(&loaded, call, b);
         if (status == SOLVED) {
             const Problem *problem = &loaded.problem;
             Plan plan;
@@ -772,7 +772,7 @@ EXPORTED(int, transport_backward)(const Call *call, const Weights *weights, int6
     int worst = SOLVED;
     for (int64_t b = begin; b < end; b++) {
         loaded.arena = empty;
-        int status = load(&loaded, call, b);
+        int status = load_problem(&loaded, call, b);
         if (status == SOLVED) status = write_gradients(&loaded, call, weights, b);
         call->status[b] = status;
         worst = status > worst ? status : worst;
