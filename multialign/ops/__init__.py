@@ -2,7 +2,7 @@
 
 from multialign.ops.backend import Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
-from multialign.ops.gaussian import gaussian_form
+from multialign.ops.kernel_sums import energy_form, gaussian_form, gaussian_matvec
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -20,7 +20,9 @@ __all__ = [
     "LogProduct",
     "StreamedProduct",
     "choose_backend",
+    "energy_form",
     "gaussian_form",
+    "gaussian_matvec",
     "has_tangent",
     "log",
     "log_matmul_reduce",
