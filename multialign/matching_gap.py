@@ -70,9 +70,9 @@ def matching_gap_loss(
             pairs (i, j).
         cost: "sqeuclidean", or a function of two tensors, as in
             :func:`multi_marginal_sinkhorn_loss`.
-        tolerance: As in :func:`multi_marginal_sinkhorn`, but None is 1e-6 for any dtype: the gap is
-            a small difference of large values, computed in float64. A solver that stops early
-            makes the gap larger, never negative.
+        tolerance: As in :func:`multi_marginal_sinkhorn`. The gap is computed in float64, and a
+            solver that stops early makes it larger, never negative. Where it is to be read at a
+            small part of epsilon, give 1e-6.
         max_iterations: As in :func:`multi_marginal_sinkhorn`.
         method: As in :func:`multi_marginal_sinkhorn`.
         backend: As in :func:`multi_marginal_sinkhorn`.
@@ -104,11 +104,11 @@ def matching_gap_loss(
     options = SolverOptions(
         tolerance=tolerance, max_iterations=max_iterations, method=method, backend=backend
     )
-    if tolerance is None:
-        options = replace(options, tolerance=default_tolerance(torch.float64))
     tensors, checked = check_samples(features, weights)
     _check_counts(tensors)
     tensors, checked = Ranks(process_group).gather(tensors, checked)
+    if tolerance is None:
+        options = replace(options, tolerance=default_tolerance(tensors[0].dtype))
     edges = edges_of(graph, len(tensors))
 
     with full_precision(tensors[0]):

@@ -395,7 +395,8 @@ def test_half_precision_is_finite_and_that_of_float32(name, dtype, scale):
             torch.testing.assert_close(grad, expected_grad.to(dtype))
         elif 4 * largest < torch.finfo(dtype).max:
             # Its features are given twice, and the sum of two gradients is rounded.
-            bound = torch.finfo(dtype).eps * largest
+            number = torch.finfo(dtype)
+            bound = number.eps * (largest + number.smallest_normal)
             torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=0.01, atol=bound)
 
 

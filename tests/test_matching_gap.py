@@ -90,7 +90,8 @@ def test_a_row_absent_in_one_view_is_out_in_all():
     junk[0][1], junk[1][4], junk[2][7] = torch.nan, torch.inf, 1e30
     leaves = [x.requires_grad_() for x in junk]
     loss = matching_gap_loss(leaves, weights, epsilon=1.0)
-    torch.testing.assert_close(loss, matching_gap_loss([x[kept] for x in features], epsilon=1.0))
+    expected = matching_gap_loss([x[kept] for x in features], epsilon=1.0)
+    torch.testing.assert_close(loss, expected)
     for grad in torch.autograd.grad(loss, leaves):
         assert (grad[[1, 4, 7]] == 0).all()
 
@@ -159,7 +160,7 @@ def test_of_symmetric_scores_the_gap_becomes_info_nce_as_the_temperature_falls()
         return (gap / info_nce(x, y, temperature)).item()
 
     assert ratio(x, x, 1.0) < 0.9999 < ratio(x, x, 0.002) <= 1 + 1e-9
-    assert ratio(x, y, 0.05) < 0.9
+    assert ratio(x, y, 0.05) < 0.97
 
 
 def test_training_by_it_matches_the_views():
