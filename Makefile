@@ -80,6 +80,7 @@ release-check: $(VENV)/.installed-lint ## Build sdist and wheel, and test them w
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-bench ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
+	$(PY) -m benchmarks.matching_gap
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
 	$(PY) -m benchmarks.hostile
