@@ -33,7 +33,6 @@ from multialign import (
 Loss = Callable[[list[Tensor]], Tensor]
 
 GEOMLOSS = f"geomloss {importlib.metadata.version('geomloss')} (tensorized)"
-# A step that takes longer has fewer repetitions, and no step is repeated more often.
 REPETITIONS = 9
 
 

@@ -111,9 +111,9 @@ for name, values in results.items():
 # %%
 # What to see
 # -----------
-# The cosine penalty does what it says: squared cosines fall to a thousandth. The class is as easy to
-# read from the unique feature as without a penalty, since eight dimensions have room for a copy of
-# it at a right angle, and CKA is hardly lower.
+# The cosine penalty does what it says: squared cosines fall to a thousandth. The class is nearly as
+# easy to read from the unique feature as without a penalty, since eight dimensions have room for a
+# copy of it at a right angle, and CKA is hardly lower.
 #
 # With HSIC the CKA of the test samples is near 0, and a nearest-neighbour probe reads about half as
 # many classes from the unique feature. It is still far above chance, and it varies between seeds: a

@@ -9,6 +9,8 @@ either loss, with everything else equal, and measures which finds partners bette
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from multialign import MatchingGapLoss
 pixels = torch.as_tensor(load_digits().images, dtype=torch.float32) / 8 - 1
 sums = torch.cat([pixels.sum(1), pixels.sum(2)], 1) / 8
 views = [pixels[:, :, :4].flatten(1), pixels[:, :, 4:].flatten(1), sums]
+Loss = Callable[[list[Tensor]], Tensor]
 TRAIN, TEST, BATCH, STEPS = 900, 800, 48, 120
 
 # %%
@@ -40,21 +43,21 @@ TRAIN, TEST, BATCH, STEPS = 900, 800, 48, 120
 # the NT-Xent loss of pytorch-metric-learning, whose positives are all pairs of views of a sample.
 
 
-def matching_gap(temperature: float):
+def matching_gap(temperature: float) -> Loss:
     """Return the matching gap at this temperature, in units of epsilon."""
     epsilon = 2 * temperature
     gap = MatchingGapLoss(epsilon=epsilon, tolerance=1e-3)
     return lambda features: gap(features) / epsilon
 
 
-def pairwise(temperature: float):
+def pairwise(temperature: float) -> Loss:
     """Return InfoNCE over all pairs of views."""
     loss = NTXentLoss(temperature=temperature)
     labels = torch.arange(BATCH).repeat(3)
     return lambda features: loss(torch.cat(features), labels)
 
 
-def train(loss, seed: int) -> list[Tensor]:
+def train(loss: Loss, seed: int) -> list[Tensor]:
     """Return the features of the test samples after training."""
     torch.manual_seed(seed)
     order = torch.randperm(len(pixels))
