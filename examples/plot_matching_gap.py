@@ -33,7 +33,7 @@ pixels = torch.as_tensor(load_digits().images, dtype=torch.float32) / 8 - 1
 sums = torch.cat([pixels.sum(1), pixels.sum(2)], 1) / 8
 views = [pixels[:, :, :4].flatten(1), pixels[:, :, 4:].flatten(1), sums]
 Loss = Callable[[list[Tensor]], Tensor]
-TRAIN, TEST, BATCH, STEPS = 900, 800, 48, 120
+TRAIN, TEST, BATCH, STEPS = 900, 800, 48, 100
 
 # %%
 # Two losses
