@@ -10,6 +10,7 @@ either loss, with everything else equal, and measures which finds partners bette
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,7 +41,7 @@ TRAIN, TEST, BATCH, STEPS = 900, 800, 48, 100
 # ----------
 # The rows have norm 1, so that a squared distance is 2 - 2 cos, and the temperature of InfoNCE is
 # half of epsilon. The gap is divided by epsilon, which gives it the scale of InfoNCE. The peer is
-# the NT-Xent loss of pytorch-metric-learning, whose positives are all pairs of views of a sample.
+# the NT-Xent loss of pytorch-metric-learning, averaged over all pairs of views.
 
 
 def matching_gap(temperature: float) -> Loss:
@@ -51,10 +52,16 @@ def matching_gap(temperature: float) -> Loss:
 
 
 def pairwise(temperature: float) -> Loss:
-    """Return InfoNCE over all pairs of views."""
+    """Return the mean InfoNCE of all pairs of views, in both directions."""
     loss = NTXentLoss(temperature=temperature)
-    labels = torch.arange(BATCH).repeat(3)
-    return lambda features: loss(torch.cat(features), labels)
+    # Were both one tensor, no row would count as a partner.
+    rows, partners = torch.arange(BATCH), torch.arange(BATCH)
+
+    def total(features: list[Tensor]) -> Tensor:
+        pairs = permutations(features, 2)
+        return sum(loss(x, rows, ref_emb=y, ref_labels=partners) for x, y in pairs) / 6
+
+    return total
 
 
 def train(loss: Loss, seed: int) -> list[Tensor]:
@@ -95,7 +102,7 @@ def recalls(features: list[Tensor]) -> tuple[float, float]:
 # A seed sets the split, the towers and the batches, the same for both losses: their differences are
 # paired. Each loss is trained at three temperatures.
 
-SEEDS, TEMPERATURES = range(5), (0.1, 0.2, 0.4)
+SEEDS, TEMPERATURES = range(5), (0.05, 0.1, 0.2)
 LOSSES = {"pairwise InfoNCE": pairwise, "matching gap": matching_gap}
 results = np.array(
     [
@@ -106,7 +113,9 @@ results = np.array(
 
 HALF = stats.t.ppf(0.975, len(SEEDS) - 1) / len(SEEDS) ** 0.5  # of a 95 % interval
 MEASURES = ("one view finds another", "two views find the third")
-print(f"{'recall at 1, %':26}{'tau':>6}" + "".join(f"{name:>20}" for name in (*LOSSES, "gap")))
+print(
+    f"{'recall at 1, %':26}{'tau':>6}" + "".join(f"{name:>20}" for name in (*LOSSES, "difference"))
+)
 for m, measure in enumerate(MEASURES):
     for t, temperature in enumerate(TEMPERATURES):
         values = results[:, t, :, m]
@@ -118,7 +127,14 @@ for m, measure in enumerate(MEASURES):
 # %%
 # What to see
 # -----------
-# TEXT
+# Where one view looks for another, the two losses are as good as each other at low temperatures, and
+# the gap finds about one partner more in a hundred at 0.2. Where two views look together for the
+# third, as tuples of rows do in the loss, the gap finds two or three more in a hundred at 0.1 and
+# 0.2; at 0.05 the interval of five seeds holds 0. All are small encoders after a hundred steps, and
+# all recalls are low: half a digit does not determine the other half.
+#
+# A step with the gap takes several times as long as one with InfoNCE, since it solves a transport
+# problem between the views. Its negatives grow with the tuples of a batch, and its time with them.
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
 for m, (axis, measure) in enumerate(zip(axes, MEASURES, strict=True)):
