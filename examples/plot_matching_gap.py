@@ -129,8 +129,8 @@ for m, measure in enumerate(MEASURES):
 # -----------
 # Where one view looks for another, the two losses are equally good at low temperatures, and the gap
 # finds about one partner more in a hundred at 0.2. Where two views look together for the third, as
-# tuples of rows do in the loss, the gap finds two or three more in a hundred at 0.1 and 0.2; at 0.05
-# the interval of five seeds holds 0. All are small encoders after a hundred steps, and all recalls
+# tuples of rows do in the loss, it finds two or three more in a hundred at 0.1 and 0.2; at 0.05 the
+# interval of five seeds holds 0. All are small encoders after a hundred steps, and all recalls
 # are low: half a digit does not determine the other half.
 #
 # A step with the gap takes several times as long as one with InfoNCE, since it solves a transport
