@@ -104,6 +104,7 @@ release-check: dist ## Build sdist and wheels, and test them with the oldest and
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-bench $(BUILT) ## Measure against the peers and write benchmarks/results
 	$(PY) -m benchmarks.distribution_matching
+	$(PY) -m benchmarks.matching_gap
 	$(PY) -m benchmarks.prototypes
 	$(PY) -m benchmarks.transport
 	$(PY) -m benchmarks.hostile

@@ -115,6 +115,7 @@ def linkcode_resolve(domain, info):
 # -- Gallery --------------------------------------------------------------------------------------
 GALLERY = (
     "plot_decoupling.py",
+    "plot_independence.py",
     "plot_moments_and_mmd.py",
     "plot_bandwidth.py",
     "plot_prototypes.py",
@@ -125,6 +126,7 @@ GALLERY = (
     "plot_gradient_flow.py",
     "plot_unpaired_transfer.py",
     "plot_retrieval.py",
+    "plot_matching_gap.py",
     "plot_transformers.py",
     "plot_modality_gap.py",
 )

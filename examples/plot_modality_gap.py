@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from multialign import GaussianMomentLoss, MMDLoss, MultiMarginalSinkhornLoss
+from multialign import GaussianMomentLoss, MMDLoss, MultiMarginalSinkhornLoss, mmd_test
 
 # %%
 # The model
@@ -102,6 +102,19 @@ for name, (gap, recall, other) in measured.items():
     print(f"{name:14}{gap:6.2f}{recall:12.0f} %{other:15.0f} %")
 
 # %%
+# Is it more than chance?
+# -----------------------
+# `mmd_test` asks whether the features of the two modalities could be draws from one distribution.
+# The samples of a test have to be independent, and partners are not, so that each modality gives
+# another half of the test samples. The smallest p-value of 1,000 permutations is 0.001.
+
+p_values = {}
+for name, (first, second) in RUNS.items():
+    half = TEST // 2
+    p_values[name] = mmd_test(first[:half], second[half:], generator=generator).p_value.item()
+    print(f"{name:14} p = {p_values[name]:.3f}")
+
+# %%
 # What to see
 # -----------
 # The untrained towers map all samples into two narrow cones. At a low temperature, the gradient of
@@ -110,10 +123,12 @@ for name, (gap, recall, other) in measured.items():
 # ten nearest.
 #
 # Matching the means removes the shift, and the other two losses also match the rest of the
-# distributions; a search over both modalities then finds samples of both. Closing the gap neither
+# distributions; a search over both modalities then finds samples of both. The test still tells the
+# modalities apart: two hundred features of each show differences of shape that the eye does not
+# see. Its p-value says that a difference is there, and not that it matters. Closing the gap neither
 # improves nor reduces recall within the other modality.
 
-figure, axes = plt.subplots(1, 5, figsize=(9.4, 2.8))
+figure, axes = plt.subplots(1, 5, figsize=(9.4, 3.4))
 for axis, (name, (first, second)) in zip(axes, RUNS.items(), strict=True):
     both = torch.cat([first, second])
     centred = both - both.mean(0)
@@ -126,7 +141,10 @@ for axis, (name, (first, second)) in zip(axes, RUNS.items(), strict=True):
         axis.scatter(x @ across, x @ along, s=3, c=colour, lw=0, alpha=0.6, label=label)
     gap, recall, other = measured[name]
     axis.set(title=name, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[], aspect="equal")
-    axis.set_xlabel(f"gap {gap:.2f}\nrecall {recall:.0f} %\nother modality {other:.0f} %")
+    axis.set_xlabel(
+        f"gap {gap:.2f}\nrecall {recall:.0f} %\nother modality {other:.0f} %\n"
+        f"p = {p_values[name]:.3f}"
+    )
 figure.legend(
     *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, markerscale=3
 )

@@ -4,6 +4,8 @@ from multialign._versions import show_versions
 from multialign.costs import bures_wasserstein_cost, squared_euclidean_cost
 from multialign.decoupling import CosineDecouplingLoss, cosine_decoupling_loss
 from multialign.diagnose import diagnose
+from multialign.hsic import HSICLoss, hsic_loss
+from multialign.matching_gap import MatchingGapLoss, matching_gap_loss
 from multialign.mixture import GaussianMixture, GaussianPrototypes, fit_gaussian_mixture
 from multialign.mmd import MMDLoss, mmd_loss
 from multialign.moments import GaussianMomentLoss, gaussian_moment_loss
@@ -14,6 +16,7 @@ from multialign.prototypes import (
 )
 from multialign.sinkhorn import MultiMarginalSinkhornLoss, multi_marginal_sinkhorn_loss
 from multialign.transport import ConvergenceWarning, TransportSolution, multi_marginal_sinkhorn
+from multialign.two_sample import MMDTest, mmd_test
 
 __version__ = "0.1.0"
 
@@ -23,7 +26,10 @@ __all__ = [
     "GaussianMixture",
     "GaussianMomentLoss",
     "GaussianPrototypes",
+    "HSICLoss",
     "MMDLoss",
+    "MMDTest",
+    "MatchingGapLoss",
     "MultiMarginalSinkhornLoss",
     "PrototypeAlignment",
     "PrototypeAlignmentLoss",
@@ -33,7 +39,10 @@ __all__ = [
     "diagnose",
     "fit_gaussian_mixture",
     "gaussian_moment_loss",
+    "hsic_loss",
+    "matching_gap_loss",
     "mmd_loss",
+    "mmd_test",
     "multi_marginal_sinkhorn",
     "multi_marginal_sinkhorn_loss",
     "prototype_alignment_loss",

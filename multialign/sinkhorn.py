@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from multialign._samples import Samples, make_samples, pad_rows
-from multialign._validation import (
-    check_choice,
-    check_entries,
-    check_positive,
-    check_samples,
-    full_precision,
-    is_integer,
+from multialign._clouds import (
+    Cost,
+    Costs,
+    Graph,
+    check_clouds,
+    cost_table,
+    cost_tables,
+    edges_of,
+    epsilon_of,
 )
-from multialign.costs import squared_euclidean_cost
+from multialign._samples import Samples, make_samples, pad_rows
+from multialign._validation import check_samples, full_precision
 from multialign.ops import Backend
 from multialign.transport.options import Method, SolverOptions, default_tolerance
 from multialign.transport.prepare import Arguments, check_arguments
@@ -28,13 +27,6 @@ from multialign.transport.solution import TransportSolution
 from multialign.transport.solver import solve
 
 __all__ = ["MultiMarginalSinkhornLoss", "multi_marginal_sinkhorn_loss"]
-
-Cost = Literal["sqeuclidean"] | Callable[[Tensor, Tensor], Tensor]
-Graph = Literal["complete", "chain", "star", "cycle"] | Sequence[tuple[int, int]]
-
-GRAPHS = ("complete", "chain", "star", "cycle")
-# The default epsilon, in standard deviations of the costs; OTT takes the same.
-_RELATIVE_EPSILON = 0.05
 
 
 def multi_marginal_sinkhorn_loss(
@@ -118,7 +110,7 @@ def multi_marginal_sinkhorn_loss(
     if tolerance is None:
         options = replace(options, tolerance=default_tolerance(torch.float64))
     samples = _check_points(points, weights)
-    edges = _edges(graph, len(samples.features))
+    edges = edges_of(graph, len(samples.features))
     dtype = samples.features[0].dtype
 
     with full_precision(samples.features[0]):
@@ -224,7 +216,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         """Return the solution of the transport problem between the clouds, without debiasing."""
         _check_options(self.epsilon, self.graph, self.debias, self.cost, self.marginal_relaxation)
         samples = _check_points(points, weights)
-        edges = _edges(self.graph, len(samples.features))
+        edges = edges_of(self.graph, len(samples.features))
         with full_precision(samples.features[0]):
             dtype = samples.features[0].dtype
             joint = _joint_problem(
@@ -246,28 +238,7 @@ class MultiMarginalSinkhornLoss(nn.Module):
         )
 
 
-Costs = dict[tuple[int, int], Tensor]
 Relaxation = float | Sequence[float | None] | None
-
-
-def _edges(graph: Graph, count: int) -> list[tuple[int, int]]:
-    """Return the pairs i < j between which the cost acts."""
-    if graph == "complete":
-        return list(combinations(range(count), 2))
-    if graph == "star":
-        return [(0, j) for j in range(1, count)]
-    if isinstance(graph, str):
-        chain = [(i, i + 1) for i in range(count - 1)]
-        return [*chain, (0, count - 1)] if graph == "cycle" and count > 2 else chain
-    edges = [(int(min(pair)), int(max(pair))) for pair in graph]
-    for edge in edges:
-        if not 0 <= edge[0] < edge[1] < count:
-            raise ValueError(
-                f"graph must hold pairs of different modalities in 0..{count - 1}; got {edge}"
-            )
-    if len(set(edges)) < len(edges):
-        raise ValueError(f"graph must hold each pair once; got {list(graph)}")
-    return edges
 
 
 def _check_points(points: object, weights: object) -> Samples:
@@ -283,34 +254,17 @@ def _joint_problem(
     relaxation: Relaxation,
 ) -> Arguments:
     """Return the transport problem between the clouds."""
-    points = [x.double() for x in samples.features]
-    for i, j in edges:
-        check_entries(
-            math.prod(points[i].shape[:-1]) * points[j].shape[-2],
-            "draw fewer points of each cloud, or solve fewer problems at once",
-        )
-    costs = {(i, j): _cost_table(cost, points[i], points[j]) for i, j in edges}
+    costs = cost_tables(samples, edges, cost)
     masses = [mass.double() for mass in samples.masses]
-    level = _epsilon(epsilon, samples, costs)
+    level = epsilon_of(epsilon, samples, costs)
     if relaxation is not None:
         costs = _relative_to_product(costs, masses, level)
     return check_arguments(costs, masses, level, relaxation)
 
 
-def _cost_table(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
-    """Return the costs between two clouds, `(*batch, N_i, N_j)`, in float64."""
-    if isinstance(cost, str):
-        # A point that is infinite becomes NaN: an infinite cost would forbid its pairs.
-        return squared_euclidean_cost(x + 0 * x, y + 0 * y)
-    table = cost(x, y)
-    expected = (*x.shape[:-1], y.shape[-2])
-    if not isinstance(table, Tensor) or table.shape != expected:
-        got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-        raise ValueError(f"cost must return a tensor of shape {expected}; got {got}")
-    return table.double()
-
-
-def _relative_to_product(costs: Costs, masses: Sequence[Tensor], epsilon: Tensor) -> Costs:
+def _relative_to_product(
+    costs: Costs, masses: Sequence[Tensor], epsilon: Tensor
+) -> dict[tuple[int, int], Tensor]:
     """Return costs C - epsilon sum_i log nu_i over the atoms that are there.
 
     With them the entropy is relative to the product of the marginals.
@@ -325,30 +279,6 @@ def _relative_to_product(costs: Costs, masses: Sequence[Tensor], epsilon: Tensor
         shift = epsilon.unsqueeze(-1) * mass.log().masked_fill(mass == 0, 0.0)
         shifted[edge] = shifted[edge] - shift.unsqueeze(-1 if edge[0] == p else -2)
     return shifted
-
-
-@torch.no_grad()
-def _epsilon(epsilon: float | None, samples: Samples, costs: Costs) -> Tensor:
-    """Return epsilon `(*batch)` in float64."""
-    first = samples.present[0].double()
-    if epsilon is not None:
-        return torch.full_like(first, check_positive("epsilon", epsilon))
-    # Scaled so that equal weights count 1 each, a cloud counts by its size.
-    counts = [mass.double() * (mass != 0).sum(-1, keepdim=True) for mass in samples.masses]
-    pairs = {(i, j): counts[i].unsqueeze(-1) * counts[j].unsqueeze(-2) for i, j in costs}
-    total = sum((pairs[e].sum((-2, -1)) for e in costs), torch.zeros_like(first))
-    total = torch.where(total == 0, 1.0, total)
-    mean = sum(((pairs[e] * c).sum((-2, -1)) for e, c in costs.items()), torch.zeros_like(first))
-    mean = (mean / total)[..., None, None]
-    squares = sum(
-        ((pairs[e] * (c - mean).square()).sum((-2, -1)) for e, c in costs.items()),
-        torch.zeros_like(first),
-    )
-    level = _RELATIVE_EPSILON * (squares / total).sqrt()
-    # Costs that are all alike have one solution whatever epsilon is.
-    fallback = _RELATIVE_EPSILON * mean.squeeze(-1).squeeze(-1)
-    level = torch.where(level == 0, fallback, level)
-    return torch.where(level == 0, 1.0, level)
 
 
 def _self_terms(
@@ -376,7 +306,7 @@ def _self_terms(
     for group in groups:
         points = torch.stack([samples.features[i] for i in group]).double()
         masses = torch.stack([samples.masses[i] for i in group]).double()
-        table = _cost_table(cost, points, points)
+        table = cost_table(cost, points, points)
         # The copy in the place of an absent modality is absent too.
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
         alike = check_arguments(dict.fromkeys(edges, table), copies, epsilon.reshape(batch))
@@ -393,19 +323,9 @@ def _self_terms(
 def _check_options(
     epsilon: float | None, graph: Graph, debias: bool, cost: Cost, relaxation: Relaxation
 ) -> None:
-    if not callable(cost):
-        check_choice("cost", cost, ("sqeuclidean",))
     if relaxation is not None and debias:
         raise ValueError(
             "marginal_relaxation needs debias=False: no debiased form of it is proven to be a "
             f"divergence; got {relaxation!r} with debias=True"
         )
-    if epsilon is not None:
-        check_positive("epsilon", epsilon)
-    if isinstance(graph, str):
-        check_choice("graph", graph, GRAPHS)
-    elif not isinstance(graph, Sequence) or not all(
-        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_integer, pair))
-        for pair in graph
-    ):
-        raise ValueError(f"graph must be one of {GRAPHS} or a list of pairs (i, j); got {graph!r}")
+    check_clouds(epsilon, graph, cost)

@@ -35,7 +35,8 @@ def evaluate(loss: Loss, problem: Problem) -> torch.Tensor:
 def applies(name: str, recipe: Recipe) -> Recipe:
     """Return the recipe as this loss can take it."""
     least = LOSSES[name].least
-    recipe = replace(recipe, sizes=tuple(max(least, n) for n in recipe.sizes))
+    sizes = tuple(max(least, n) for n in recipe.sizes)
+    recipe = replace(recipe, sizes=(min(sizes),) * len(sizes) if LOSSES[name].paired else sizes)
     if not LOSSES[name].batches:
         recipe = replace(recipe, batch=())
     if name == "mmd random features":  # of larger phases the digits are lost
@@ -104,18 +105,21 @@ def finite(name: str, recipe: Recipe) -> None:
 def non_finite(name: str, recipe: Recipe) -> None:
     """Non-finite in, non-finite out, from any sample that is there."""
     problem = build(recipe)
-    there = [m for m, present in enumerate(problem.present()) if bool(present.any())]
+    present = problem.present()
+    if LOSSES[name].paired:
+        present = [torch.stack(present).all(0)] * len(present)
+    there = [m for m, rows in enumerate(present) if bool(rows.any())]
     if len(there) < 2:
         return
     m = there[recipe.seed % len(there)]
-    rows = problem.present()[m].nonzero()
+    rows = present[m].nonzero()
     row = tuple(rows[recipe.seed % len(rows)].tolist())
     x = problem.features[m].detach().clone()
     x[(*row, recipe.seed % recipe.dim)] = (math.nan, math.inf, -math.inf)[recipe.seed % 3]
     problem.features[m] = x
-    if min(int(p.sum(-1).min()) for p in problem.present()) < LOSSES[name].least > 1:
+    if min(int(p.sum(-1).min()) for p in present) < LOSSES[name].least > 1:
         return  # such a modality is out
-    if any(not bool(p.any(-1).all()) for p in problem.present()):
+    if any(not bool(p.any(-1).all()) for p in present):
         return  # in some problem of the batch it may be the only one
     value = evaluate(LOSSES[name], problem)
     assert not value.isfinite(), f"{value} with a non-finite sample"
@@ -152,7 +156,8 @@ def samples_permuted(name: str, recipe: Recipe) -> None:
     """The order of samples does not matter."""
     loss = LOSSES[name]
     problem = build(_exact(recipe)).double()
-    orders = [torch.randperm(n) for n in recipe.sizes]
+    order = torch.randperm(recipe.sizes[0])
+    orders = [order if loss.paired else torch.randperm(n) for n in recipe.sizes]
     turned = Problem(
         [x[..., o, :] for x, o in zip(problem.features, orders)],
         [None if w is None else w[..., o] for w, o in zip(problem.weights, orders)],
@@ -330,10 +335,12 @@ def _accuracy(name: str, recipe: Recipe) -> float:
     rounding = 1e-14 * (1 + recipe.offset + 6 * recipe.gap) ** 2
     if name == "mmd random features":
         rounding += 1e-13 * recipe.scale  # of phases, which are in units of the bandwidth
+    elif name == "mmd energy":
+        rounding = rounding**0.5  # of squared distances
     elif name.startswith("mmd"):
         # Of squared distances, in units of the bandwidth, as matrix products have it.
         rounding += 1e-15 * 1e4 * recipe.dim * recipe.scale**2
-    return (solver if name.startswith("sinkhorn") else 1e-8) + rounding
+    return (solver if name.startswith(("sinkhorn", "matching")) else 1e-8) + rounding
 
 
 def _same(loss, problem, other, recipe, factor=1.0):

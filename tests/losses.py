@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from multialign import (
     CosineDecouplingLoss,
     GaussianMomentLoss,
+    HSICLoss,
+    MatchingGapLoss,
     MMDLoss,
     MultiMarginalSinkhornLoss,
     PrototypeAlignmentLoss,
     cosine_decoupling_loss,
     gaussian_moment_loss,
+    hsic_loss,
+    matching_gap_loss,
     mmd_loss,
     multi_marginal_sinkhorn_loss,
     prototype_alignment_loss,
@@ -65,6 +69,11 @@ class Loss:
     seeds: bool = False
     """Fits from samples drawn at random, and numbers its prototypes by them. Laws hold where the
     best fit is clear, and for one order of samples in all modalities."""
+    paired: bool = False
+    """Row n of all modalities is one sample: they have one N, and laws hold for one order of rows.
+    A row absent in one modality is out in all."""
+    masks: bool = False
+    """Takes boolean weights alone, which other ones become by where they are not 0."""
     least: int = 1
     """How many samples a modality needs."""
     two_of_three: float | None = 1.0
@@ -82,6 +91,7 @@ class Loss:
         """Evaluate the function, with the same random numbers in every call."""
         if self.takes("generator"):
             options = {"generator": torch.Generator().manual_seed(0), **options}
+        weights = masks(weights) if self.masks else weights
         return self.function(*self.inputs(features), weights, **{**self.options, **options})
 
     def inputs(self, features: Any) -> tuple[Any, ...]:
@@ -91,7 +101,7 @@ class Loss:
     def make(self, **options: Any) -> nn.Module:
         """Return the Module, called with features and weights."""
         module = self.module(**{**self.options, **options})
-        return module if self.partner is None else Partnered(module, self.partner)
+        return module if self.partner is None else Partnered(module, self.partner, self.masks)
 
     def takes(self, name: str) -> bool:
         """Return whether the Module has this option."""
@@ -117,12 +127,26 @@ class Loss:
 class Partnered(nn.Module):
     """A loss of unique and common features as a loss of one list of features."""
 
-    def __init__(self, module: nn.Module, partner: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, partner: Callable[[Tensor], Tensor], needs_masks: bool
+    ) -> None:
         super().__init__()
-        self.module, self.partner = module, partner
+        self.module, self.partner, self.needs_masks = module, partner, needs_masks
 
     def forward(self, features: Sequence[Tensor], weights: Any = None) -> Tensor:
+        weights = masks(weights) if self.needs_masks else weights
         return self.module(features, [self.partner(x) for x in features], weights)
+
+
+def masks(weights: Any) -> Any:
+    """Return where weights, a tensor or a sequence, are not 0."""
+    if weights is None or isinstance(weights, Tensor):
+        return weights if weights is None else weights != 0
+    return [weight if weight is None else weight != 0 for weight in weights]
+
+
+def _first(x: Tensor) -> Tensor:
+    return x[..., :1]
 
 
 def _flipped(x: Tensor) -> Tensor:
@@ -185,6 +209,26 @@ _sinkhorn_chain = replace(
     nonnegative=False,
     two_of_three=None,
     edges=_chain,
+)
+_matching = Loss(
+    module=MatchingGapLoss,
+    function=matching_gap_loss,
+    degree=2,
+    repeats=False,  # copies of a row are rows of their own to match
+    zero=False,  # the best plan between equal views is not the identity
+    paired=True,
+    two_of_three=0.0,
+    size=_square,
+    edges=_complete,
+)
+_hsic = Loss(
+    module=HSICLoss,
+    function=hsic_loss,
+    options={"bandwidth": 1.0},
+    partner=_first,
+    rotates=False,
+    zero=False,
+    unit=1.0,
 )
 _prototypes = Loss(
     module=PrototypeAlignmentLoss,
@@ -254,6 +298,30 @@ VARIANTS = {
         compares=False,
         unit=None,
     ),
+    "mmd energy": replace(
+        _mmd,
+        options={"kernel": "energy"},
+        degree=1,
+        size=lambda spread, dim: spread**0.5,
+        unit=None,
+    ),
+    "hsic": _hsic,
+    "hsic median": replace(
+        _hsic, options={"bandwidth": ("median", 2.0)}, repeats=False, compares=False, unit=None
+    ),
+    "hsic unbiased": replace(
+        _hsic,
+        options={"bandwidth": 1.0, "estimator": "unbiased"},
+        repeats=False,
+        nonnegative=False,
+        masks=True,
+        least=4,
+    ),
+    "hsic normalized": replace(
+        _hsic, options={"bandwidth": 1.0, "normalize": True}, compares=False
+    ),
+    "matching": _matching,
+    "matching chain": replace(_matching, options={"graph": "chain"}, symmetric=False, edges=_chain),
     "sinkhorn": _sinkhorn,
     "sinkhorn chain": _sinkhorn_chain,
     "sinkhorn biased": replace(

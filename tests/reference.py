@@ -57,6 +57,8 @@ def gaussian_moment(features, names, reduction="sum", weights=None, eps=1e-6):
 
 
 def kernel(x, y, sigmas):
+    if sigmas is None:
+        return -cdist(x, y)
     return np.mean([np.exp(-cdist(x, y, "sqeuclidean") / (2 * s**2)) for s in sigmas], axis=0)
 
 
@@ -81,6 +83,50 @@ def mmd(features, sigmas, estimator="biased", weights=None):
         across = ps[i] @ kernel(features[i], features[j], sigmas) @ ps[j]
         total += within(i) + within(j) - 2 * across
     return 2 * total / (count * (count - 1))
+
+
+# Independence (Gretton et al. 2007; Song et al. 2012, Eq. 5)
+
+
+def hsic(k, h, w=None, normalize=False):
+    p = normalised(w, len(k))
+    centre = np.eye(len(k)) - np.outer(np.ones(len(k)), p)
+    a, b = (centre @ table @ centre.T for table in (k, h))
+
+    def inner(s, t):
+        return np.einsum("n,m,nm,nm", p, p, s, t)
+
+    return inner(a, b) / np.sqrt(inner(a, a) * inner(b, b)) if normalize else inner(a, b)
+
+
+def unbiased_hsic(k, h, normalize=False):
+    n = len(k)
+    a, b = (table - np.diag(np.diag(table)) for table in (k, h))
+
+    def estimate(s, t):
+        terms = np.trace(s @ t) + s.sum() * t.sum() / ((n - 1) * (n - 2))
+        return (terms - 2 / (n - 2) * (s @ t).sum()) / (n * (n - 3))
+
+    if normalize:
+        return estimate(a, b) / np.sqrt(estimate(a, a) * estimate(b, b))
+    return estimate(a, b)
+
+
+# The matching gap (Piran et al. 2024)
+
+
+def matching_gap(features, edges, epsilon, weights=None):
+    p = np.ones(len(features[0]))
+    for w in weights or []:
+        p = p if w is None else p * np.asarray(w, float)
+    p = p / p.sum()
+    costs = {(i, j): cdist(features[i], features[j], "sqeuclidean") for i, j in edges}
+    cost = dense_cost(costs, [len(x) for x in features])
+    matched = np.zeros(cost.shape)
+    rows = np.arange(len(p))
+    matched[(rows,) * len(features)] = p
+    best = transport_plan(cost, [p] * len(features), epsilon)
+    return transport_value(matched, cost, epsilon) - transport_value(best, cost, epsilon)
 
 
 # Eq. 6

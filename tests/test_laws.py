@@ -31,7 +31,8 @@ def make(loss, sizes, seed, batch=()):
     """Return clusters for a loss, of one size where it matches rows by their place."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(seed)
-    sizes = [max(sizes)] * len(sizes) if loss.seeds else sizes
+    sizes = [max(loss.least, size) for size in sizes]
+    sizes = [max(sizes)] * len(sizes) if loss.seeds or loss.paired else sizes
     return [x.requires_grad_() for x in clusters(sizes, batch)]
 
 
@@ -46,7 +47,7 @@ def test_permuting_samples_changes_nothing(name, problem):
     loss = LAWFUL[name]
     features = make(loss, *problem)
     order = torch.randperm(len(features[0]))
-    orders = [order if loss.seeds else torch.randperm(len(f)) for f in features]
+    orders = [order if loss.seeds or loss.paired else torch.randperm(len(f)) for f in features]
     torch.testing.assert_close(loss([f[o] for f, o in zip(features, orders)]), loss(features))
 
 
@@ -66,7 +67,7 @@ def test_weight_zero_is_absence(name, problem, junk):
     features = make(loss, *problem)
     padded, weights = [], []
     for f in features:
-        rows = torch.tensor([1, 2]) if loss.seeds else torch.randint(0, 2, (2,)) + 1
+        rows = torch.tensor([1, 2]) if loss.seeds or loss.paired else torch.randint(0, 2, (2,)) + 1
         before, after = (torch.full((int(r), 2), junk) for r in rows)
         padded.append(torch.cat([before, f, after]))
         weights.append(

@@ -13,6 +13,8 @@ from multialign import (
     cosine_decoupling_loss,
     fit_gaussian_mixture,
     gaussian_moment_loss,
+    hsic_loss,
+    matching_gap_loss,
     mmd_loss,
     multi_marginal_sinkhorn,
     multi_marginal_sinkhorn_loss,
@@ -115,6 +117,16 @@ def test_a_median_bandwidth(count, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("count", "dim"), [(200, 16), (1500, 64), (2500, 8)])
+def test_hsic(count, dim, normalize, dtype):
+    features = clouds(4, count, dim, dtype)
+    found = step(lambda x: hsic_loss(x[:2], x[2:], bandwidth=4.0, normalize=normalize), features)
+    held = 2 * 16 * 2**16 if count**2 <= 2**16 else 0
+    assert found <= 8 * ((3 + normalize) * 16 * 2 * count * dim + held + 6 * 2**20)
+
+
+@every_dtype
 @pytest.mark.parametrize(("count", "dim", "frequencies"), [(1000, 16, 1024), (3000, 64, 128)])
 def test_random_features(count, dim, frequencies, dtype):
     features = clouds(3, count, dim, dtype)
@@ -179,12 +191,31 @@ def test_sinkhorn(graph, modalities, count):
     assert found <= 8 * ((modalities + 1) * (each * tables + 5 * hessian) + 2**23)
 
 
+@pytest.mark.parametrize(
+    ("graph", "modalities", "count"),
+    [("chain", 2, 600), ("chain", 4, 300), ("complete", 3, 200), ("complete", 4, 24)],
+)
+def test_matching(graph, modalities, count):
+    features = clouds(modalities, count, 4)
+
+    def loss(x):
+        return matching_gap_loss(x, graph=graph, tolerance=1e-2)
+
+    edges = {"complete": modalities * (modalities - 1) // 2}
+    tables = edges.get(graph, modalities - 1) * count**2
+    each = 10 if graph == "chain" else 30
+    hessian = (modalities * count) ** 2 if modalities * count <= 512 else 0
+    assert step(loss, features) <= 8 * (each * tables + 5 * hessian + 2**23)
+
+
 # The test that holds each loss to its bound.
 BOUNDED_BY = each(
     {
         "decoupling": test_decoupling,
         "moments": test_moments,
         "mmd": test_mmd,
+        "hsic": test_hsic,
+        "matching": test_matching,
         "sinkhorn": test_sinkhorn,
         "prototypes": test_prototypes_along_the_axes,
     },

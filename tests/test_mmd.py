@@ -3,7 +3,8 @@ import warnings
 import geomloss
 import pytest
 import torch
-from torch.autograd import gradcheck
+from scipy.stats import energy_distance
+from torch.autograd import gradcheck, gradgradcheck
 
 from multialign import MMDLoss, mmd_loss
 from tests import reference
@@ -93,8 +94,8 @@ class TestStreaming:
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch):
-        self.stream = lambda: monkeypatch.setattr("multialign.mmd._DENSE_ENTRIES", 0)
-        monkeypatch.setattr("multialign.ops.gaussian._BLOCK", 3)
+        self.stream = lambda: monkeypatch.setattr("multialign.kernels._DENSE_ENTRIES", 0)
+        monkeypatch.setattr("multialign.ops.kernel_sums._BLOCK", 3)
 
     def test_equals_the_held_matrix(self, estimator, bandwidth):
         features = [torch.randn(2, n, 4) + m for m, n in enumerate((7, 5, 9))]
@@ -151,14 +152,14 @@ def test_second_derivatives_of_a_streamed_matrix_are_refused(monkeypatch):
     y = torch.randn(4, 2)
     (grad,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=1.0), x, create_graph=True)
     grad.sum().backward()
-    monkeypatch.setattr("multialign.mmd._DENSE_ENTRIES", 0)
+    monkeypatch.setattr("multialign.kernels._DENSE_ENTRIES", 0)
     (grad,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=1.0), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"streamed .* first derivatives only; .*has them all"):
         grad.sum().backward()
 
 
 def test_median_of_many_samples_is_that_of_every_kth(monkeypatch):
-    monkeypatch.setattr("multialign.mmd._MEDIAN_SAMPLES", 10)
+    monkeypatch.setattr("multialign.kernels._MEDIAN_SAMPLES", 10)
     x, y = torch.randn(12, 3), torch.randn(13, 3)
     sigma = float(reference.median_distance([torch.cat([x, y])[::3].numpy()]))
     torch.testing.assert_close(
@@ -400,3 +401,91 @@ def test_random_features_are_drawn():
     ]
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+# The energy distance
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (5, 17, 40), (2, 3, 4, 5), (300, 250)])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_energy_matches_oracle(sizes, estimator):
+    features = [torch.randn(n, 4) + m / 2 for m, n in enumerate(sizes)]
+    weights = [torch.rand(n) for n in sizes]
+    for given in (None, weights):
+        loss = mmd_loss(features, given, kernel="energy", estimator=estimator)
+        expected = reference.mmd([x.numpy() for x in features], None, estimator, given)
+        torch.testing.assert_close(loss.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_energy_agrees_with_scipy_and_geomloss():
+    x, y = torch.randn(30), torch.randn(20) + 0.3
+    p, q = torch.rand(30), torch.rand(20)
+    loss = mmd_loss([x[:, None], y[:, None]], [p, q], kernel="energy")
+    # scipy: the square root, of one feature.
+    torch.testing.assert_close(loss.sqrt().item(), energy_distance(x, y, p, q))
+    x, y = torch.randn(30, 3), torch.randn(20, 3)
+    # geomloss: half of it, with distances of at least 1e-4, as those on the diagonals are.
+    theirs = 2 * geomloss.SamplesLoss("energy", backend="tensorized")(x, y)
+    theirs = theirs + 1e-4 * (1 / 30 + 1 / 20)
+    torch.testing.assert_close(mmd_loss([x, y], kernel="energy"), theirs, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_energy_gradients(estimator, streamed, monkeypatch):
+    if streamed:
+        monkeypatch.setattr("multialign.kernels._DENSE_ENTRIES", 0)
+        monkeypatch.setattr("multialign.ops.kernel_sums._BLOCK", 3)
+    features = [torch.randn(n, 3, requires_grad=True) for n in (4, 5, 4)]
+    weight = torch.rand(4, requires_grad=True)
+
+    def loss(x, y, z, w):
+        return mmd_loss([x, y, z], [w, None, None], kernel="energy", estimator=estimator)
+
+    assert gradcheck(loss, (*features, weight))
+    if not streamed:
+        assert gradgradcheck(loss, (*features, weight))
+
+
+@pytest.mark.parametrize("size", [12, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_energy_at_coincident_points(size, dtype):
+    """0 at equality, exactly, and gradients of points that have others in their place."""
+    x = torch.randn(size, 20, dtype=dtype)
+    x[1::2] = x[::2]
+    assert mmd_loss([x, x.clone(), x.clone()], kernel="energy") == 0
+    y = torch.cat([x[: size // 2], x[: size // 2] + 1]).requires_grad_()
+    (grad,) = torch.autograd.grad(mmd_loss([x, y], kernel="energy"), y)
+    assert grad.isfinite().all()
+    assert grad.abs().max() < 10 / size  # each pair pulls by 1 at most
+
+
+def test_energy_pulls_at_any_distance():
+    x, y = torch.randn(20, 3), (torch.randn(20, 3) + 1e6).requires_grad_()
+    (grad,) = torch.autograd.grad(mmd_loss([x, y], kernel="energy"), y)
+    torch.testing.assert_close(grad.sum(0).norm().item(), 2.0, rtol=1e-4, atol=0)
+    (gone,) = torch.autograd.grad(mmd_loss([x, y], bandwidth=1.0), y)
+    assert gone.sum(0).norm() < 1e-6
+
+
+def test_energy_has_the_unit_of_the_features():
+    x, y = torch.randn(2, 8, 3), torch.randn(2, 9, 3) + 1
+    single = [mmd_loss([x[b], y[b]], kernel="energy") for b in range(2)]
+    for dtype, scale in ((torch.float32, 1e-24), (torch.float32, 1e30), (torch.float64, 1e200)):
+        scales = torch.tensor([1.0, scale])[:, None, None]
+        loss = mmd_loss([(scales * x).to(dtype), (scales * y).to(dtype)], kernel="energy")
+        expected = (single[0] + scale * single[1]) / 2
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_energy_refuses_random_features_and_ignores_the_bandwidth():
+    x, y = torch.randn(5, 2), torch.randn(6, 2)
+    with pytest.raises(ValueError, match='kernel="energy" has no random features'):
+        mmd_loss([x, y], kernel="energy", estimator="random_features")
+    with pytest.raises(ValueError, match='kernel="energy" has no random features'):
+        MMDLoss(kernel="energy", estimator="random_features")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [mmd_loss([x, y], kernel="energy", bandwidth=b) for b in (1e-9, "median")]
+    assert losses[0] == losses[1]
+    assert repr(MMDLoss(kernel="energy")).endswith("kernel='energy')")

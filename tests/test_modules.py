@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import multialign
 from multialign import GaussianPrototypes, PrototypeAlignmentLoss, fit_gaussian_mixture
-from tests.losses import LOSSES, VARIANTS, clusters
+from tests.losses import LOSSES, VARIANTS, Partnered, clusters
 from tests.test_mixture import TYPES
 
 every_entry = pytest.mark.parametrize("name", VARIANTS)
@@ -33,6 +33,11 @@ SIZES = {"num_features": 5, "num_modalities": 3}
 def made(name, features=X, **options):
     """Return the Module of an entry, in the dtype of the features."""
     return VARIANTS[name].sized(features).make(**options).to(features[0].dtype)
+
+
+def loss_in(module):
+    """Return the loss itself, where `made` has wrapped it."""
+    return module.module if isinstance(module, Partnered) else module
 
 
 def evaluate(module, features=X):
@@ -66,12 +71,12 @@ def test_copies_share_the_process_group_and_pickles_drop_it(name, group):
     module = made(name, process_group=group)
     expected = evaluate(copy.deepcopy(module))
     for copied in (copy.copy(module), copy.deepcopy(module), copy.deepcopy([module])[0]):
-        assert copied.process_group is group
+        assert loss_in(copied).process_group is group
     with pytest.warns(UserWarning, match="process_group: after loading, set it again"):
         text = pickle.dumps(module)
     loaded = pickle.loads(text)
-    assert loaded.process_group is None
-    loaded.process_group = group
+    assert loss_in(loaded).process_group is None
+    loss_in(loaded).process_group = group
     torch.testing.assert_close(evaluate(loaded), expected)
 
 
@@ -436,11 +441,13 @@ OPTIONS = {
     "graph": ("chain", "other"),
     "init": ("random", "other"),
     "marginal_relaxation": (1.0, -1.0),
+    "kernel": ("energy", "other"),
     "matching": ("plan", "other"),
     "max_iterations": (1, 0),
     "method": ("sinkhorn", "other"),
     "moments": (("mean",), ("other",)),
     "momentum": (None, 2.0),
+    "normalize": (True, "other"),
     "num_features": (5, 0),
     "num_modalities": (3, 4),
     "num_prototypes": (4, 0),
@@ -473,7 +480,7 @@ def value_and_gradients(module, features=X):
         generator.manual_seed(3)
     if isinstance(module, GaussianPrototypes):
         value = module(leaves[0]).covariances.sum() + 0 * sum(x.sum() for x in leaves)
-    elif isinstance(module, multialign.CosineDecouplingLoss):
+    elif isinstance(module, (multialign.CosineDecouplingLoss, multialign.HSICLoss)):
         value = module(leaves, [x.flip(-1) for x in leaves])
     else:
         value = module(leaves)
@@ -594,6 +601,7 @@ def test_numbers_of_numpy_in_functions():
 @every_loss
 def test_repr_shows_the_options_as_they_are(name):
     module = module_with(name)
-    key = {"decoupling": "form", "moments": "eps", "mmd": "bandwidth"}.get(name, "epsilon")
+    keys = {"decoupling": "form", "moments": "eps", "mmd": "bandwidth", "hsic": "bandwidth"}
+    key = keys.get(name, "epsilon")
     setattr(module, key, 0.123)
     assert f"{key}=0.123" in repr(module) or f"{key}='0.123'" in repr(module)

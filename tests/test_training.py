@@ -115,7 +115,16 @@ def _scaler():
 
 # Sizes at which torch divides the work between threads, and the loss between its own blocks.
 SIZES = each(
-    {"decoupling": 20_000, "moments": 20_000, "mmd": 700, "sinkhorn": 60, "prototypes": 200}, LOSSES
+    {
+        "decoupling": 20_000,
+        "moments": 20_000,
+        "mmd": 700,
+        "hsic": 700,
+        "matching": 60,
+        "sinkhorn": 60,
+        "prototypes": 200,
+    },
+    LOSSES,
 )
 BOUNDS = {torch.float32: 2e-4, torch.float64: 1e-10}
 """How far value and gradient may be apart with another number of threads, relative to their norm.

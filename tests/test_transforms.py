@@ -40,6 +40,13 @@ COMPILED_LONG = each(
         "mmd median": False,
         "mmd unbiased": False,
         "mmd random features": False,
+        "mmd energy": False,
+        "hsic": True,  # a part of "hsic normalized"
+        "hsic median": True,
+        "hsic unbiased": False,
+        "hsic normalized": False,
+        "matching": False,
+        "matching chain": True,  # of two modalities, a complete graph
         "sinkhorn": False,
         "sinkhorn chain": True,  # of two modalities, a complete graph
         "sinkhorn biased": True,  # a part of "sinkhorn"
@@ -154,6 +161,8 @@ SCALARS = {
     "mmd": {"bandwidth": [1.0, 2.0, 3.5]},
     "mmd bandwidths": {"bandwidth": [(0.5, 2.0), (0.75, 2.5), (1.0, 3.0)]},
     "mmd random features": {"bandwidth": [1.0, 2.0, 3.5]},
+    "hsic": {"bandwidth": [1.0, 2.0, 3.5]},
+    "matching": {"epsilon": [0.5, 1.0, 1.5], "tolerance": [1e-6, 1e-7, 1e-8]},
     "sinkhorn": {"epsilon": [0.5, 1.0, 1.5], "tolerance": [1e-6, 1e-7, 1e-8]},
     "prototypes": {
         "epsilon": [0.1, 0.2, 0.4],
@@ -192,7 +201,7 @@ def test_a_number_that_changes_between_calls(name, option):
 
 
 # Those of the other losses are long to trace.
-EXPORTED = ("decoupling", "moments", "mmd", "sinkhorn biased")
+EXPORTED = ("decoupling", "moments", "mmd", "hsic", "matching", "sinkhorn biased")
 
 
 # Without `num_modalities` the prototypes' modules are made in the first call.

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from multialign import multi_marginal_sinkhorn
-from multialign.ops.gaussian import _stream
+from multialign.ops.kernel_sums import _stream
 
 pytest.importorskip("triton", "3.6", reason="triton is not installed, or older than 3.6")
 from multialign.ops import _triton

@@ -2,7 +2,7 @@
 
 from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
 from multialign.ops.batching import register_batched_vmap
-from multialign.ops.gaussian import gaussian_form
+from multialign.ops.kernel_sums import energy_form, gaussian_form, gaussian_matvec
 from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
 from multialign.ops.products import (
     LogProduct,
@@ -26,9 +26,11 @@ __all__ = [
     "StreamedProduct",
     "choose_backend",
     "core_fits",
+    "energy_form",
     "fit_axes",
     "fits_whole",
     "gaussian_form",
+    "gaussian_matvec",
     "has_tangent",
     "log",
     "log_matmul_reduce",

@@ -134,7 +134,7 @@ def _gaussian_sums(
 def gaussian_form(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `multialign.ops.gaussian` defines: p^T K q and its derivatives.
+    """Compute what `multialign.ops.kernel_sums` defines: p^T K q and its derivatives.
 
     For float32: triton 3.7 interprets the kernel in float64 but does not compile it.
 

@@ -1,4 +1,7 @@
-"""Quadratic forms p^T K q of a Gaussian kernel matrix that is never held, and their gradients."""
+"""Sums over a kernel matrix K that is never held, and their gradients: p^T K q, and K q.
+
+The kernel is Gaussian, with one or several precisions, or minus the distance, with none.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,18 @@ from torch import Tensor
 from multialign.ops.backend import choose_backend
 from multialign.ops.batching import register_batched_vmap
 
-__all__ = ["gaussian_form"]
+__all__ = ["energy_form", "gaussian_form", "gaussian_matvec"]
 
 # Side of a square block of the kernel matrix, which fits in the cache. The blocks of a batch have
 # `_BLOCK_ENTRIES` entries together at most, unless they have the smallest side.
 _BLOCK = 512
 _BLOCK_ENTRIES = 2**20
 _SMALLEST_BLOCK = 64
+
+_FIRST_ONLY = (
+    "a kernel matrix of so many entries is streamed and has first derivatives only; take fewer "
+    'samples at once, or mmd_loss with estimator="random_features", which has them all'
+)
 
 
 def gaussian_form(
@@ -48,6 +56,20 @@ def gaussian_form(
     return value
 
 
+def energy_form(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Return -sum_nm p_n q_m |x_n - y_m|, `(B)` in float64, as `gaussian_form`.
+
+    The gradient at coincident points is 0.
+    """
+    return gaussian_form(x, y, p, q, x.new_empty(len(x), 0))
+
+
+def gaussian_matvec(x: Tensor, q: Tensor, precisions: Tensor, *, distinct: bool = False) -> Tensor:
+    """Return sum_m k(x_n, x_m) q_m, `(B, N)`, for k and arguments of `gaussian_form`."""
+    result: Tensor = _Matvec.apply(x, q, precisions, distinct)
+    return result
+
+
 class _Form(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -68,8 +90,7 @@ class _Form(torch.autograd.Function):
         # Read once: activation checkpointing does not let saved tensors be read again.
         saved = ctx.saved_tensors
         by_x, by_y, by_p, by_q = [
-            _FirstOnly.apply(derivative, x)
-            for derivative, x in zip(saved[:4], saved[4:], strict=True)
+            _FirstOnly.apply(derivative, *saved[4:]) for derivative in saved[:4]
         ]
         grad = grad.to(by_x.dtype)
         row, matrix = grad[:, None], grad[:, None, None]
@@ -94,33 +115,71 @@ class _SymmetricForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         by_x, by_p, x, p = ctx.saved_tensors
-        by_x, by_p = _FirstOnly.apply(by_x, x), _FirstOnly.apply(by_p, p)
+        by_x, by_p = (_FirstOnly.apply(by, x, x, p, p) for by in (by_x, by_p))
         grad = 2 * grad.to(by_x.dtype)
         return grad[:, None, None] * by_x, grad[:, None] * by_p, None, None
 
 
-class _FirstOnly(torch.autograd.Function):
-    """A derivative by `x` that raises when it is differentiated again.
+class _Matvec(torch.autograd.Function):
+    generate_vmap_rule = True
 
-    Its own dependence on `x` is not recorded, so a second derivative would be silently wrong.
+    @staticmethod
+    def forward(x: Tensor, q: Tensor, precisions: Tensor, distinct: bool) -> Tensor:
+        sums: Tensor = _stream(x, x, q, q, precisions, False, distinct)[2]
+        return sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.distinct = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, q, precisions = ctx.saved_tensors
+        return (*_MatvecGradient.apply(grad, x, q, precisions, ctx.distinct), None, None)
+
+
+class _MatvecGradient(torch.autograd.Function):
+    """The gradients of grad^T K q by x and q, which raise when they are differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, q: Tensor, precisions: Tensor, distinct: bool
+    ) -> tuple[Tensor, Tensor]:
+        _, by_x, _, by_y, by_q = _stream(x, x, grad, q, precisions, True, distinct)
+        return by_x + by_y, by_q
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(_FIRST_ONLY)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """A derivative of a form that raises when it is differentiated again.
+
+    Its own dependence on x, y, p and q is not recorded: a second derivative would be silently
+    wrong.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(derivative: Tensor, x: Tensor) -> Tensor:
+    def forward(derivative: Tensor, x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
         return derivative.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise RuntimeError(
-            "a Gaussian kernel matrix of so many entries is streamed and has first derivatives "
-            'only; take fewer samples at once, or estimator="random_features", which has them all'
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(_FIRST_ONLY)
 
 
 @torch.library.custom_op(
@@ -138,8 +197,9 @@ def _stream(
 
     An operator of its own, so that torch.compile need not unroll the loop over blocks.
     """
-    # The kernel computes in float32.
-    if x.dtype == torch.float32 and choose_backend("auto", x) == "triton":
+    energy = precisions.shape[-1] == 0
+    # The compiled kernel is Gaussian, and computes in float32.
+    if not energy and x.dtype == torch.float32 and choose_backend("auto", x) == "triton":
         from multialign.ops import _triton
 
         return _triton.gaussian_form(x, y, p, q, precisions, both, distinct)
@@ -164,7 +224,7 @@ def _stream(
             cost = cost.baddbmm_(x[:, rows], y[:, columns].mT, alpha=-2).clamp_min_(0)
             if i == j and equal is not None:
                 cost.diagonal(dim1=-2, dim2=-1).masked_fill_(equal[:, rows], 0.0)
-            kernel, slope = _kernels(cost, precisions)
+            kernel, slope = _energy(cost) if energy else _gaussian(cost, precisions)
             if i == j and distinct:
                 kernel.diagonal(dim1=-2, dim2=-1).zero_()
                 slope.diagonal(dim1=-2, dim2=-1).zero_()
@@ -176,7 +236,7 @@ def _stream(
 
     value = (p.double() * sums_x).sum(-1)
     # d k(x_n, y_m) / d x_n = slope (y_m - x_n)
-    scale = 2 * precisions[:, :1, None]
+    scale = 1 if energy else 2 * precisions[:, :1, None]
     by_x = scale * p.unsqueeze(-1) * (slopes_x[..., :-1] - slopes_x[..., -1:] * x)
     by_y = scale * q.unsqueeze(-1) * (slopes_y[..., :-1] - slopes_y[..., -1:] * y)
     return value, by_x, sums_x, by_y, sums_y
@@ -198,7 +258,14 @@ def _(
 register_batched_vmap(_stream)
 
 
-def _kernels(cost: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
+def _energy(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the kernel -|x - y|, and its slope 1 / |x - y|, 0 at coincident points."""
+    distance = cost.sqrt_()
+    slope = distance.reciprocal().masked_fill_(distance == 0, 0.0)
+    return distance.neg_(), slope
+
+
+def _gaussian(cost: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the kernel k, and -dk/dcost / c_0 (c_0 the first precision), which is its slope.
 
     With one precision both are one tensor, which overwrites `cost`.
