@@ -1,9 +1,9 @@
 """The primitives on which all losses are built; a tensor's device chooses their implementation."""
 
 from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
-from multialign.ops.batching import register_batched_vmap
 from multialign.ops.kernel_sums import energy_form, gaussian_form, gaussian_matvec
 from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -37,9 +37,11 @@ __all__ = [
     "log_matvec",
     "log_product",
     "logsumexp",
+    "operator",
     "pair_terms",
     "real",
     "register_batched_vmap",
+    "register_fake",
     "solve_small",
     "solve_whole",
     "whole_gradients",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multialign.ops.backend import choose_backend
-from multialign.ops.batching import register_batched_vmap
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 
 __all__ = ["energy_form", "gaussian_form", "gaussian_matvec"]
 
@@ -182,13 +182,10 @@ class _FirstOnly(torch.autograd.Function):
         raise RuntimeError(_FIRST_ONLY)
 
 
-@torch.library.custom_op(
-    "multialign::gaussian_form",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor y, Tensor p, Tensor q, Tensor precisions, bool both, bool distinct) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "gaussian_form(Tensor x, Tensor y, Tensor p, Tensor q, Tensor precisions, "
+    "bool both, bool distinct) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _stream(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
@@ -242,7 +239,7 @@ def _stream(
     return value, by_x, sums_x, by_y, sums_y
 
 
-@_stream.register_fake
+@register_fake(_stream)
 def _(
     x: Tensor, y: Tensor, p: Tensor, q: Tensor, precisions: Tensor, both: bool, distinct: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from multialign.ops._native.library import native_function
-from multialign.ops.batching import apply_function, register_leading_vmap
+from multialign.ops.operators import (
+    apply_function,
+    operator,
+    register_fake,
+    register_leading_vmap,
+)
 
 __all__ = ["AxesFit", "FitSettings", "core_fits", "fit_axes", "pair_terms"]
 
@@ -227,24 +232,12 @@ def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]
 
 # -- Operators ------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("multialign", "FRAGMENT")
 _SETTINGS = (
     "int[] counts, bool spherical, str differentiate, int iterations, float regularization, "
     "float tolerance, int states"
 )
 _SAMPLES = "Tensor[] features, Tensor[] masses, Tensor[] origins, Tensor[] starts"
-_LIBRARY.define(f"fit_mixtures({_SAMPLES}, Tensor[] paired, Tensor[] own, {_SETTINGS}) -> Tensor[]")
-_LIBRARY.define(
-    f"fit_mixtures_back({_SAMPLES}, Tensor[] saved, Tensor[] grads, {_SETTINGS}) -> Tensor[]"
-)
-_LIBRARY.define(
-    "mixture_pairs(Tensor[] means, Tensor[] variances, Tensor moments, Tensor present, "
-    "float scale) -> Tensor[]"
-)
-_LIBRARY.define(
-    "mixture_pairs_back(Tensor[] means, Tensor[] variances, Tensor moments, Tensor present, "
-    "float scale, Tensor[] grads) -> Tensor[]"
-)
+_PAIRS = "Tensor[] means, Tensor[] variances, Tensor moments, Tensor present, float scale"
 
 
 def _structure(name: str, fields: str) -> Any:
@@ -455,12 +448,16 @@ def _run_pairs_back(
     return results
 
 
-for _name, _run, _fake in (
-    ("fit_mixtures", _run_fit, _new_fit),
-    ("fit_mixtures_back", _run_fit_back, _new_derivatives),
-    ("mixture_pairs", _run_pairs, _new_pairs),
-    ("mixture_pairs_back", _run_pairs_back, _new_pairs_back),
+for _schema, _run, _fake in (
+    (f"fit_mixtures({_SAMPLES}, Tensor[] paired, Tensor[] own, {_SETTINGS})", _run_fit, _new_fit),
+    (
+        f"fit_mixtures_back({_SAMPLES}, Tensor[] saved, Tensor[] grads, {_SETTINGS})",
+        _run_fit_back,
+        _new_derivatives,
+    ),
+    (f"mixture_pairs({_PAIRS})", _run_pairs, _new_pairs),
+    (f"mixture_pairs_back({_PAIRS}, Tensor[] grads)", _run_pairs_back, _new_pairs_back),
 ):
-    _LIBRARY.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"multialign::{_name}", _fake, lib=_LIBRARY)
-    register_leading_vmap(f"multialign::{_name}", _LIBRARY)
+    _operator = operator(f"{_schema} -> Tensor[]", "CPU")(_run)
+    register_fake(_operator)(_fake)
+    register_leading_vmap(_operator)

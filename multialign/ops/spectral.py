@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multialign.ops.batching import register_batched_vmap
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 
 __all__ = ["SquareRoot", "nuclear_norms", "square_root", "take"]
 
@@ -260,11 +260,7 @@ class _NuclearNorm(torch.autograd.Function):
         return by_i, None, None, by_j, None, None, None, None
 
 
-@torch.library.custom_op(
-    "multialign::nuclear_norms",
-    mutates_args=(),
-    schema="(Tensor[] i, Tensor[] j, float rounding, bool needed) -> (Tensor, Tensor)",
-)
+@operator("nuclear_norms(Tensor[] i, Tensor[] j, float rounding, bool needed) -> (Tensor, Tensor)")
 def _norms(
     i: list[Tensor], j: list[Tensor], rounding: float, needed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -323,20 +319,17 @@ def _norms(
     return norms, factors
 
 
-@_norms.register_fake
+@register_fake(_norms)
 def _(i: list[Tensor], j: list[Tensor], rounding: float, needed: bool) -> tuple[Tensor, Tensor]:
     root, dim = i[0], i[0].shape[-1]
     shape = (*root.shape[:2], j[0].shape[1])
     return root.new_empty(shape), root.new_empty((*shape, dim**2 if needed else 0))
 
 
-@torch.library.custom_op(
-    "multialign::nuclear_norms_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor root_i, Tensor values_i, Tensor root_j, Tensor values_j, "
-        "Tensor factors, float rounding) -> (Tensor, Tensor)"
-    ),
+@operator(
+    "nuclear_norms_backward(Tensor grad, Tensor root_i, Tensor values_i, "
+    "Tensor root_j, Tensor values_j, "
+    "Tensor factors, float rounding) -> (Tensor, Tensor)"
 )
 def _norms_backward(
     grad: Tensor,
@@ -369,7 +362,7 @@ def _norms_backward(
     return by_i, by_j
 
 
-@_norms_backward.register_fake
+@register_fake(_norms_backward)
 def _(
     grad: Tensor,
     root_i: Tensor,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from multialign.ops import register_batched_vmap
+from multialign.ops import operator, register_batched_vmap, register_fake
 from multialign.transport.elimination import Scope
 from multialign.transport.forms.choose import make_form
 from multialign.transport.newton import newton
@@ -88,10 +88,8 @@ def _sum(parts: Sequence[Tensor], scope: Scope) -> Tensor:
     return total
 
 
-@torch.library.custom_op(
-    "multialign::cost_potentials",
-    mutates_args=(),
-    schema="(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon) -> Tensor[]",
+@operator(
+    "cost_potentials(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon) -> Tensor[]"
 )
 def _potentials(
     costs: list[Tensor], scopes: list[int], marginals: list[Tensor], epsilon: Tensor
@@ -159,7 +157,7 @@ def _means(cost: Tensor, marginals: Sequence[Tensor]) -> list[Tensor]:
     return [mean - share for mean in means]
 
 
-@_potentials.register_fake
+@register_fake(_potentials)
 def _(
     costs: list[Tensor], scopes: list[int], marginals: list[Tensor], epsilon: Tensor
 ) -> list[Tensor]:

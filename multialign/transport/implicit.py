@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign.ops import logsumexp, register_batched_vmap
+from multialign.ops import logsumexp, operator, register_batched_vmap, register_fake
 from multialign.transport.dual import conjugate, relaxed_marginals
 from multialign.transport.elimination import (
     Edge,
@@ -323,19 +323,14 @@ def _unflat(numbers: Sequence[int]) -> list[Scope]:
     return [(i,) if i == j else (i, j) for i, j in pairs]
 
 
-@torch.library.custom_op(
-    "multialign::plan_marginals",
-    mutates_args=(),
-    schema="(Tensor[] factors, int[] edges, int[] scopes) -> Tensor[]",
-)
+@operator("plan_marginals(Tensor[] factors, int[] edges, int[] scopes) -> Tensor[]")
 def _marginals(factors: list[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
     return [x.clone() for x in _read(factors, edges, scopes)]
 
 
-@torch.library.custom_op(
-    "multialign::plan_marginals_backward",
-    mutates_args=(),
-    schema="(Tensor[] factors, int[] edges, int[] scopes, Tensor[] grads) -> Tensor[]",
+@operator(
+    "plan_marginals_backward(Tensor[] factors, int[] edges, int[] scopes, "
+    "Tensor[] grads) -> Tensor[]"
 )
 def _marginals_backward(
     factors: list[Tensor], edges: list[int], scopes: list[int], grads: list[Tensor]
@@ -365,13 +360,10 @@ def _marginals_backward(
     ]
 
 
-@torch.library.custom_op(
-    "multialign::solve_hessian",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "bool forbids, int[] relaxed, Tensor potentials, Tensor right, str form) -> Tensor"
-    ),
+@operator(
+    "solve_hessian(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, "
+    "Tensor deviation, "
+    "bool forbids, int[] relaxed, Tensor potentials, Tensor right, str form) -> Tensor"
 )
 def _solve_hessian(
     costs: Sequence[Tensor],
@@ -398,21 +390,21 @@ def _solve_hessian(
     return now.hessian.solve(right, damping, tolerance, _CONJUGATE_STEPS)
 
 
-@_marginals.register_fake
+@register_fake(_marginals)
 def _(factors: list[Tensor], edges: list[int], scopes: list[int]) -> list[Tensor]:
     batch = factors[0].shape[:1]
     shapes = [[factors[p].shape[1] for p in scope] for scope in _unflat(scopes)]
     return [factors[0].new_empty((*batch, *shape)) for shape in [[], *shapes]]
 
 
-@_marginals_backward.register_fake
+@register_fake(_marginals_backward)
 def _(
     factors: list[Tensor], edges: list[int], scopes: list[int], grads: list[Tensor]
 ) -> list[Tensor]:
     return [torch.empty_like(x) for x in factors]
 
 
-@_solve_hessian.register_fake
+@register_fake(_solve_hessian)
 def _(
     costs: Sequence[Tensor],
     scopes: list[int],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -240,15 +241,16 @@ def _common_batch(
     shapes["epsilon"] = epsilon.shape
     if len(set(shapes.values())) == 1:
         return epsilon.shape
-    try:
-        batch: torch.Size = torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
+    # torch.broadcast_shapes would import sympy, which takes a second.
+    axes = zip_longest(*[reversed(shape) for shape in shapes.values()], fillvalue=1)
+    sizes = [[size for size in axis if size != 1] or [1] for axis in axes]
+    if any(size != axis[0] for axis in sizes for size in axis):
         described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(
             f"costs, marginals and epsilon must have batch dimensions that broadcast; "
             f"got {described}"
-        ) from None
-    return batch
+        )
+    return torch.Size([axis[0] for axis in reversed(sizes)])
 
 
 def _normalise(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,9 @@ from multialign.ops import (
     Backend,
     Implementation,
     choose_backend,
+    operator,
     register_batched_vmap,
+    register_fake,
     solve_small,
 )
 from multialign.transport.direct import solve_directly
@@ -207,15 +209,12 @@ def _better(problem: Problem, iterate: Iterate, candidate: Sequence[Tensor]) -> 
     return iterate._replace(potentials=torch.where(higher, potentials, iterate.potentials))
 
 
-@torch.library.custom_op(
-    "multialign::solve_transport",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, Tensor deviation, "
-        "str method, bool single, float tolerance, int max_iterations, "
-        "str backend, bool symmetric, bool forbids, int[] relaxed, str form) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "solve_transport(Tensor[] costs, int[] scopes, Tensor[] marginals, "
+    "Tensor epsilon, Tensor deviation, "
+    "str method, bool single, float tolerance, int max_iterations, "
+    "str backend, bool symmetric, bool forbids, int[] relaxed, str form) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _solve(
     costs: list[Tensor],
@@ -283,7 +282,7 @@ def _solve(
     return iterate.potentials, iterate.iterations, iterate.error
 
 
-@_solve.register_fake
+@register_fake(_solve)
 def _(
     costs: list[Tensor],
     scopes: list[int],

@@ -32,7 +32,7 @@ from multialign.ops._triton.launch import (
     matrix_precision,
 )
 from multialign.ops._triton.tables import entries, finite, log_weights
-from multialign.ops.batching import register_batched_vmap
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 
 __all__ = ["log_matmul", "log_matmul_reduce"]
 
@@ -322,9 +322,7 @@ def _multiply(a: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
     return out if w is None else torch.logsumexp(out, 1)
 
 
-@torch.library.custom_op(
-    "multialign::triton_log_matmul", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor"
-)
+@operator("triton_log_matmul(Tensor a, Tensor b) -> Tensor")
 def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return log sum_j exp(a_ij + b_jk), `(B, I, K)`, in float64 or else in float32.
 
@@ -338,7 +336,7 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     return _multiply(a, b, None)
 
 
-@log_matmul.register_fake
+@register_fake(log_matmul)
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=lifted(a, b)[0])
 
@@ -346,11 +344,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 register_batched_vmap(log_matmul)
 
 
-@torch.library.custom_op(
-    "multialign::triton_log_matmul_reduce",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor w) -> Tensor",
-)
+@operator("triton_log_matmul_reduce(Tensor a, Tensor b, Tensor w) -> Tensor")
 def log_matmul_reduce(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """Return log sum_jk exp(a_ij + b_jk + w_ik), `(B, I)`: the update of one of three marginals.
 
@@ -367,7 +361,7 @@ def log_matmul_reduce(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     return _multiply(a, b, w)
 
 
-@log_matmul_reduce.register_fake
+@register_fake(log_matmul_reduce)
 def _(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     return a.new_empty(a.shape[:2], dtype=lifted(a, b, w)[0])
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from multialign.ops._triton.launch import block, cdiv, check_batched, launch, lifted
 from multialign.ops._triton.tables import entries, entries_of_points, finite, log_weights
-from multialign.ops.batching import register_batched_vmap
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 
 __all__ = ["log_matvec", "log_matvec_points"]
 
@@ -93,9 +92,7 @@ def _launch_rows(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "multialign::triton_log_matvec", mutates_args=(), schema="(Tensor a, Tensor g) -> Tensor"
-)
+@operator("triton_log_matvec(Tensor a, Tensor g) -> Tensor")
 def log_matvec(a: Tensor, g: Tensor) -> Tensor:
     """Return log sum_j exp(a_ij + g_j), `(B, I)`, in float64 or else in float32.
 
@@ -112,7 +109,7 @@ def log_matvec(a: Tensor, g: Tensor) -> Tensor:
     return out
 
 
-@log_matvec.register_fake
+@register_fake(log_matvec)
 def _(a: Tensor, g: Tensor) -> Tensor:
     return a.new_empty(a.shape[:2], dtype=lifted(a, g)[0])
 
@@ -120,11 +117,7 @@ def _(a: Tensor, g: Tensor) -> Tensor:
 register_batched_vmap(log_matvec)
 
 
-@torch.library.custom_op(
-    "multialign::triton_log_matvec_points",
-    mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor g, Tensor epsilon) -> Tensor",
-)
+@operator("triton_log_matvec_points(Tensor x, Tensor y, Tensor g, Tensor epsilon) -> Tensor")
 def log_matvec_points(x: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
     """Return log sum_j exp(g_j - |x_i - y_j|^2 / epsilon), `(B, I)`, from points alone.
 
@@ -151,7 +144,7 @@ def log_matvec_points(x: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tenso
     return out
 
 
-@log_matvec_points.register_fake
+@register_fake(log_matvec_points)
 def _(x: Tensor, y: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=lifted(x, y, g, epsilon)[0])
 

@@ -32,7 +32,7 @@ from multialign.ops._triton.small_plan import (
     sweep,
 )
 from multialign.ops._triton.tables import finite
-from multialign.ops.batching import register_batched_vmap
+from multialign.ops.operators import operator, register_batched_vmap, register_fake
 
 __all__ = ["fits_small", "solve_small"]
 
@@ -253,13 +253,9 @@ def solve_small(
     return results
 
 
-@torch.library.custom_op(
-    "multialign::triton_solve_small",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, float tolerance, "
-        "int max_iterations) -> (Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "triton_solve_small(Tensor[] costs, int[] scopes, Tensor[] marginals, Tensor epsilon, "
+    "float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor)"
 )
 def _solve(
     costs: list[Tensor],
@@ -321,7 +317,7 @@ def _warps(words: int, whole: bool) -> int:
     return 1 + whole if words <= 512 else 4 if words <= 2048 else 8
 
 
-@_solve.register_fake
+@register_fake(_solve)
 def _(
     costs: list[Tensor],
     scopes: list[int],

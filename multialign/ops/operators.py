@@ -1,17 +1,59 @@
-"""torch.func.vmap for operators whose tensors all begin with one batch dimension."""
+"""Operators that torch.compile and torch.func take as one step.
+
+`torch.library.custom_op` would import torch's compiler when an operator is first called.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_function", "register_batched_vmap", "register_leading_vmap"]
+__all__ = [
+    "apply_function",
+    "operator",
+    "register_batched_vmap",
+    "register_fake",
+    "register_leading_vmap",
+]
+
+_LIBRARY = torch.library.Library("multialign", "FRAGMENT")
 
 
-def register_batched_vmap(operator: Any) -> None:
-    """Make vmap of `operator` one call with a larger batch.
+def operator(schema: str, key: str = "CompositeExplicitAutograd") -> Callable[[Any], Any]:
+    """Decorate the implementation of an operator, which is returned in its place.
+
+    Args:
+        schema: Name, arguments and results.
+        key: The dispatch key it is for; the default stands for every device.
+    """
+    _LIBRARY.define(schema)
+    name = schema.split("(")[0]
+
+    def register(implementation: Any) -> Any:
+        _LIBRARY.impl(name, implementation, key)
+        return getattr(torch.ops.multialign, name).default
+
+    return register
+
+
+def register_fake(function: Any) -> Callable[[Any], Any]:
+    """Decorate what makes results of the right shapes for an operator."""
+    register: Callable[[Any], Any] = torch.library.register_fake(
+        function._schema.name, lib=_LIBRARY
+    )
+    return register
+
+
+def _register_vmap(function: Any, rule: Any) -> None:
+    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
+        torch.library.register_vmap(function._schema.name, rule, lib=_LIBRARY)
+
+
+def register_batched_vmap(function: Any) -> None:
+    """Make vmap of an operator one call with a larger batch.
 
     All tensor arguments, those in lists included, and all results must have the batch first.
     """
@@ -29,7 +71,7 @@ def register_batched_vmap(operator: Any) -> None:
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        results = operator(
+        results = function(
             *[merge(argument, dim, size) for argument, dim in zip(arguments, in_dims, strict=True)]
         )
         if isinstance(results, Tensor):
@@ -37,11 +79,10 @@ def register_batched_vmap(operator: Any) -> None:
         kind = type(results)
         return kind(x.unflatten(0, (size, -1)) for x in results), kind([0] * len(results))
 
-    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
-        operator.register_vmap(rule)
+    _register_vmap(function, rule)
 
 
-def register_leading_vmap(name: str, library: torch.library.Library) -> None:
+def register_leading_vmap(function: Any) -> None:
     """Make vmap of an operator one call with one more leading batch dimension.
 
     All tensor arguments and results, those in lists included, begin with any number of batch
@@ -55,16 +96,12 @@ def register_leading_vmap(name: str, library: torch.library.Library) -> None:
             return argument
         return argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
 
-    namespace, short = name.split("::")
-
     def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        operator = getattr(getattr(torch.ops, namespace), short)
         pairs = zip(arguments, in_dims, strict=True)
-        results = operator(*[lead(argument, dim, info.batch_size) for argument, dim in pairs])
+        results = function(*[lead(argument, dim, info.batch_size) for argument, dim in pairs])
         return results, [0] * len(results)
 
-    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
-        torch.library.register_vmap(name, rule, lib=library)
+    _register_vmap(function, rule)
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
