@@ -33,10 +33,10 @@ def command(folder):
         "--trainer.limit_train_batches=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
-        "--model.network.width=8",
-        "--model.network.heads=2",
-        "--model.network.layers=1",
-        "--model.losses.prototypes.momentum=0.9",
+        "--model.network.sizes.width=8",
+        "--model.network.sizes.heads=2",
+        "--model.network.sizes.layers=1",
+        "--model.network.losses.prototypes.momentum=0.9",
     ]
 
 
@@ -80,8 +80,6 @@ def look(folder):
     """Read every file that a run has left; return the epochs that its checkpoint has seen."""
     # Here, so that collecting this file needs nothing of the example's.
     import yaml
-
-    from examples.decalign import task  # noqa: F401 (names the classes that checkpoints hold)
 
     epochs = 0
     for path in folder.rglob("*"):
