@@ -309,8 +309,6 @@ class InterruptionError(Exception):
 def test_an_interrupted_run_goes_on(schedule, samples, tmp_path, monkeypatch):
     options = [
         f"--model.schedule={schedule}",
-        # Every epoch that is no better lowers the rate.
-        "--model.patience=0",
         "--model.learning_rate=0.02",
         # The mixture of earlier batches is part of the state.
         "--model.network.losses.prototypes.momentum=0.9",
@@ -346,8 +344,8 @@ def test_an_interrupted_run_goes_on(schedule, samples, tmp_path, monkeypatch):
     assert len(steps) == 8 + 6
     assert [row["epoch"] for row in read_log(tmp_path / "resumed", 1)] == ["3", "4", "5"]
 
-    # Only the components' start is random here, and only in the first batch: the samples, the
-    # weights and the schedule go on as they were.
+    # Only the start of the components is random here, which the running mixtures replace: samples,
+    # weights, mixtures and schedule go on as they were.
     one, two = (state_of(tmp_path / run) for run in ("whole", "resumed"))
     assert one.keys() == two.keys()
     assert any("running" in name for name in one)
