@@ -186,7 +186,12 @@ def bubbles(
                 textcoords="axes fraction",
                 va="center",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "linewidth": 0.4,
+                    "color": "0.5",
+                    "relpos": (0, 0.5),
+                },
             )
         axes.set(xlabel=f"{titles[0]}, %", ylabel=f"{titles[1]}, %")
         axes.set_title(f"{data.upper()}, test split; larger bubbles have a smaller error")
