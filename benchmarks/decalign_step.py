@@ -19,11 +19,10 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.plain_decalign import PlainDecAlign, plain_objective
+from examples.benchmarking.model import Sizes
+from examples.decalign.data.target import SENTIMENT
 from examples.decalign.model import DecAlign
-from examples.decalign.network import Network
-from examples.decalign.objective import Losses, Objective
-from examples.decalign.switches import Switches
-from examples.decalign.targets import SENTIMENT
+from examples.decalign.objective import Decoupling, Losses, Moments, Prototypes, Switches
 
 BATCH, STEPS, WIDTH, LAYERS = 32, 50, 64, 4
 # The numbers of raw features in MMSA's CMU-MOSI.
@@ -31,14 +30,15 @@ MODALITIES = {"text": 768, "audio": 5, "vision": 20}
 
 RELEASED = Losses(
     score="l1",
-    decoupling={"form": "squared"},
-    prototypes={
-        "covariance_type": "diag",
-        "em_iterations": 5,
-        "objective": "regularized",
-        "cost_reduction": "mean",
-    },
-    moments={"feature_reduction": "mean"},
+    decoupling=Decoupling(form="squared"),
+    prototypes=Prototypes(
+        covariance_type="diag",
+        em_iterations=5,
+        regularization=1e-6,
+        objective="regularized",
+        cost_reduction="mean",
+    ),
+    moments=Moments(feature_reduction="mean"),
 )
 NONE = Switches(mfd=False, hete=False, homo=False)
 OURS = "multialign"
@@ -65,12 +65,12 @@ def make_step(name: str) -> Callable[[], Tensor]:
             return plain_objective(network(list(features.values())), targets, 7)
     else:
         losses, switches = OBJECTIVES[name]
-        network = DecAlign(MODALITIES, 1, Network(width=WIDTH, length=STEPS, layers=LAYERS))
-        objective = Objective(SENTIMENT, losses, switches)
+        sizes = Sizes(width=WIDTH, length=STEPS, layers=LAYERS)
+        network = DecAlign(MODALITIES, SENTIMENT, sizes, losses=losses, switches=switches)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
         def evaluate() -> Tensor:
-            return objective(network(features), targets)["loss"]
+            return network.objective(network(features), targets)["loss"]
 
     def step() -> Tensor:
         loss = evaluate()

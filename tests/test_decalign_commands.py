@@ -19,16 +19,16 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from examples.decalign import figures, report
-from examples.decalign.__main__ import main
-from examples.decalign.commands import MODULES, STRATEGIES
+from examples.benchmarking import figures, tables
+from examples.benchmarking.cli import main
+from examples.benchmarking.commands import MODULES, STRATEGIES
+from examples.benchmarking.extract import read_vision, read_wave
 from examples.decalign.data import MOSI, make_sample, read_dataset
-from examples.decalign.extract import read_vision, read_wave
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "decalign" / "configs"
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning"),
+    pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 
@@ -45,21 +45,23 @@ def small(name, *options):
         "--trainer.accelerator=cpu",
         "--trainer.max_epochs=1",
         "--data.batch_size=24",
-        "--model.network.width=8",
-        "--model.network.heads=2",
-        "--model.network.layers=1",
-        "--model.network.length=2",
-        "--model.losses.prototypes.em_iterations=2",
-        "--model.losses.prototypes.covariance_type=diag",
+        "--model.network.sizes.width=8",
+        "--model.network.sizes.heads=2",
+        "--model.network.sizes.layers=1",
+        "--model.network.sizes.length=2",
+        "--model.network.losses.prototypes.em_iterations=2",
+        "--model.network.losses.prototypes.covariance_type=diag",
         "--workers=1",
         *options,
     ]
 
 
 @pytest.fixture
-def mosi(tmp_path):
+def mosi(tmp_path, monkeypatch):
     path = tmp_path / "mosi.pkl"
     make_sample("mosi", path, sizes=(48, 12, 30), steps=4, features=4)
+    sizes = {**tables.read_published(), "sizes": {"mosi": [48, 12, 30]}}
+    monkeypatch.setattr(tables, "read_published", lambda: sizes)
     return [f"--data.path={path}", "--data.text=features", "--model.text=null"]
 
 
@@ -76,15 +78,16 @@ def test_table_and_figures(mosi, tmp_path, capsys):
     main(run)
     printed = capsys.readouterr().out
     assert printed.strip() == (output / "table.txt").read_text().strip()
-    for row in ("DecAlign (paper)", "MFM (paper)", "decalign", "mult", "misa", "linear_audio"):
+    for row in ("DecAlign (paper)", "MFM (paper)", "decalign", "mult", "misa", "ridge, audio"):
         assert row in printed
+    assert "ridge: alpha" in printed
     [line] = [line for line in printed.splitlines() if line.startswith("CGGM (paper)")]
     assert line.split()[2:] == ["0.787", "0.792", "82.73", "82.89", "43.47"]
 
     metrics = json.loads((output / "metrics.json").read_text())
     assert list(metrics) == [
         *("decalign", "mult", "misa"),
-        *("linear", "linear_text", "linear_audio", "linear_vision"),
+        *("ridge", "SVR", "random forest", "ridge, text", "ridge, audio", "ridge, vision"),
     ]
     scores = [
         json.loads((output / "misa" / f"seed_{seed}" / "metrics.json").read_text())["mae"]
@@ -94,7 +97,7 @@ def test_table_and_figures(mosi, tmp_path, capsys):
     assert metrics["misa"]["mae"]["seeds"] == scores
     assert metrics["misa"]["mae"]["mean"] == pytest.approx(np.mean(scores))
     assert metrics["misa"]["mae"]["std"] == pytest.approx(np.std(scores, ddof=1))
-    assert len(metrics["linear"]["mae"]["seeds"]) == 1
+    assert len(metrics["ridge"]["mae"]["seeds"]) == 1
 
     # A second time, nothing is trained: the checkpoints stay as they are.
     checkpoint = output / "misa" / "seed_2" / "checkpoints" / "last.ckpt"
@@ -134,8 +137,8 @@ def test_ablation_and_figures(tmp_path, capsys, monkeypatch):
     assert len({json.dumps(scores) for scores in found.values()}) > 5
     switches = {
         name: yaml.safe_load((output / name / "seed_1" / "config.yaml").read_text())["model"][
-            "switches"
-        ]
+            "network"
+        ]["init_args"]["switches"]
         for name in found
     }
     off = {name: {key for key, on in values.items() if not on} for name, values in switches.items()}
@@ -145,7 +148,7 @@ def test_ablation_and_figures(tmp_path, capsys, monkeypatch):
     assert off["no_proto_ot"] == {"proto_ot"}
 
     main(["figures", str(output)])
-    assert "figure_1.png: there are no rows of the paper" in capsys.readouterr().out
+    assert "figure_1.png: there are no paper's rows" in capsys.readouterr().out
     for name in ("figure_3.png", "figure_4.png", "figure_4_gap.png"):
         assert is_png(output / name)
 
@@ -178,6 +181,19 @@ def test_sensitivity(tmp_path, capsys):
     assert "alpha \\ beta" in capsys.readouterr().out
 
 
+def test_paper_rows_stand_beside_data_of_the_same_sizes_only(tmp_path, capsys):
+    path = tmp_path / "mosi.pkl"
+    make_sample("mosi", path, sizes=(48, 12, 30), steps=2, features=2)
+    options = [f"--data.path={path}", "--data.text=features", "--model.text=null"]
+    output = tmp_path / "runs"
+    main(
+        ["table", *small("mosi", *options), f"--output={output}", "--seeds=1", "--models=decalign"]
+    )
+    assert "(paper)" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no data set of Table 1"):
+        main(["table1", str(output)])
+
+
 def test_figures_need_runs(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the output of `table` or `ablate`"):
         main(["figures", str(tmp_path)])
@@ -186,30 +202,30 @@ def test_figures_need_runs(tmp_path):
 def test_intervals_are_student_t():
     values, reference = [0.97, 0.98, 0.975], [0.96, 0.96, 0.96]
     # mean 1.5, standard error 0.5 / sqrt(3), quantile 4.303
-    assert report.difference("accuracy", values, reference) == "+1.50 [+0.26, +2.74] *"
-    assert report.difference("accuracy", [0.96, 0.97, 0.95], reference).endswith("]  ")
+    assert tables.difference("accuracy", values, reference) == "+1.50 [+0.26, +2.74] *"
+    assert tables.difference("accuracy", [0.96, 0.97, 0.95], reference).endswith("]  ")
     # In its own unit.
-    assert report.difference("mae", values, reference) == "+0.015 [+0.003, +0.027] *"
-    summary = report.summarise({"full": {"accuracy": values}})
+    assert tables.difference("mae", values, reference) == "+0.015 [+0.003, +0.027] *"
+    summary = tables.summarise({"full": {"accuracy": values}})
     assert summary["full"]["accuracy"]["std"] == pytest.approx(0.005)
-    assert report.spread("accuracy", values) == "97.50 +- 0.50"
-    assert report.spread("mae", [0.735]) == "0.735"
+    assert tables.spread("accuracy", values) == "97.50 +- 0.50"
+    assert tables.spread("mae", [0.735]) == "0.735"
 
 
 def test_published_tables_are_the_papers():
-    tables = report.read_published()
-    assert [len(tables[name]["rows"]) for name in ("mosi", "mosei", "iemocap", "sims")] == [14] * 4
+    paper = tables.read_published()
+    assert [len(paper[name]["rows"]) for name in ("mosi", "mosei", "iemocap", "sims")] == [14] * 4
     for name in ("mosi", "mosei", "iemocap", "sims"):
-        rows = tables[name]["rows"]
+        rows = paper[name]["rows"]
         assert list(rows)[-1] == "DecAlign"
         # The paper calls its own the best in every column.
-        for place, metric in enumerate(tables[name]["columns"]):
+        for place, metric in enumerate(paper[name]["columns"]):
             best = (min if metric == "mae" else max)(row[place] for row in rows.values())
             assert rows["DecAlign"][place] == best
     # Table 2's full model is Table 5's and Table 6's.
     for name in ("mosi", "mosei"):
-        mae, *_, f1 = tables[name]["rows"]["DecAlign"]
-        assert tables["table_2"][name]["decalign"] == [mae, f1]
+        mae, *_, f1 = paper[name]["rows"]["DecAlign"]
+        assert paper["table_2"][name]["decalign"] == [mae, f1]
 
 
 def test_gap_measures():

@@ -13,17 +13,18 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from examples.decalign.__main__ import main
-from examples.decalign.baseline import linear_scores
+from examples.benchmarking.baselines import baseline_scores
+from examples.benchmarking.cli import main
 from examples.decalign.data import (
     CHSIMS,
     IEMOCAP,
     MOSEI,
     MOSI,
     VIEWS,
+    Arrays,
     Batch,
+    DataWarning,
     DigitsData,
-    GlobalOrder,
     RefusedPickleError,
     Samples,
     Scaling,
@@ -34,7 +35,6 @@ from examples.decalign.data import (
 )
 from examples.decalign.data.digits import split_rows
 from examples.decalign.data.reader import read_pickle
-from examples.decalign.data.sentiment import DataWarning
 
 FILES = {"mosi": MOSI, "mosei": MOSEI, "sims": CHSIMS, "iemocap": IEMOCAP}
 
@@ -217,13 +217,30 @@ def test_cut_off_files_are_no_data(tmp_path, write):
         ),
         (
             lambda d: d["train"].update(audio_lengths=[7] * 12),
-            r"'audio_lengths' must lie in \[0, 6\], the steps of 'audio'; got 7 to 7",
+            r"train audio_lengths must be whole numbers in \[0, 6\], the steps; got 7 to 7",
         ),
         (
             lambda d: d["train"].update(vision_lengths=[3] * 11),
-            r"train\['vision_lengths'\] has 11 entries; expected 12",
+            r"train vision_lengths has shape \(11,\); expected \(12,\)",
         ),
-        (lambda d: d["train"].update(id=["a"]), r"train\['id'\] has 1 entries; expected 12"),
+        (lambda d: d["train"].update(id=["a"]), r"train\['id'\] has 1 entries; expected a list"),
+        (lambda d: d["train"].update(id=None), r"train\['id'\] has None; expected a list of 12"),
+        (
+            lambda d: d["train"].update(audio_lengths=np.full((12, 1), 3)),
+            r"train audio_lengths has shape \(12, 1\); expected \(12,\)",
+        ),
+        (
+            lambda d: d["train"].update(audio_lengths=3),
+            r"train audio_lengths has shape \(\); expected \(12,\)",
+        ),
+        (
+            lambda d: d["train"].update(text_bert=np.ones((12, 6), np.int64)),
+            r"train\['text_bert'\] has shape \(12, 6\); expected \(N, 3, T\) with N = 12",
+        ),
+        (
+            lambda d: d["train"].update(vision=[np.ones((1 + n % 2, 2 + n)) for n in range(12)]),
+            r"train\['vision'\] must be a list of arrays \(T, d\) of one d",
+        ),
     ],
 )
 def test_schema_names_what_is_wrong(change, message, write):
@@ -280,7 +297,7 @@ def test_the_test_split_scales_nothing(write):
         assert same == (split == "train")
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
 def test_lengths_come_from_the_file_the_attention_mask_or_the_padding(write):
     unaligned = CHSIMS(write("sims")).splits["train"]
     content = read_pickle(write("sims"))["train"]
@@ -304,7 +321,183 @@ def test_lengths_come_from_the_file_the_attention_mask_or_the_padding(write):
     assert not found["vision"][2].any()
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
+def test_a_mask_of_the_text_that_drops_other_steps_is_not_taken(write):
+    """A left-padded file: the attention mask begins where the text does, audio is everywhere."""
+
+    def change(content):
+        for table in content.values():
+            table["text"] = np.flip(table["text"], 1)
+            table["text_bert"] = np.flip(table["text_bert"], 2)
+            table["audio"] = np.where(np.isfinite(table["audio"]), table["audio"], 1)
+            table["text_bert"][:, 1, :3] = 0
+            table["vision"][:, :4] = 0
+
+    with pytest.warns(DataWarning) as caught:
+        masks = MOSI(write(change=change)).splits["train"].samples.masks
+    found = [str(warning.message) for warning in caught]
+    assert any("train audio: the text's attention mask would drop" in text for text in found)
+    content = read_pickle(write(change=change))["train"]
+    nonzero = torch.from_numpy(content["audio"] != 0).any(-1)
+    assert (masks["audio"] | ~nonzero).all()
+
+
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
+def test_ragged_lists_and_whole_numbers_are_features(write):
+    def change(content):
+        for table in content.values():
+            count = len(table["text"])
+            table["audio"] = [np.ones((2 + n % 3, 4), np.float32) for n in range(count)]
+            table["vision"] = np.ones((count, 6, 4), np.int64)
+
+    data = MOSI(write(change=change))
+    assert data.modalities == {"text": 4, "audio": 4, "vision": 4}
+    samples = data.splits["train"].samples
+    assert samples.masks["audio"].sum(1).tolist() == [2 + n % 3 for n in range(12)]
+    assert samples.features["vision"].is_floating_point()
+
+
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
+def test_dialogues_are_converted_and_lists_of_examples_refused(tmp_path):
+    generator = np.random.default_rng(0)
+    lengths = {f"v{n}": 2 + n % 3 for n in range(12)}
+
+    def each(make):
+        return {video: [make(n) for n in range(count)] for video, count in lengths.items()}
+
+    content = (
+        {video: [f"{video}_{n}" for n in range(count)] for video, count in lengths.items()},
+        each(lambda n: "M"),
+        each(lambda n: n),
+        each(lambda n: generator.normal(size=5)),
+        each(lambda n: generator.normal(size=3)),
+        each(lambda n: generator.normal(size=4)),
+        each(lambda n: "words"),
+        {f"v{n}" for n in range(10)},
+        {"v10", "v11"},
+    )
+    source, destination = tmp_path / "a.pkl", tmp_path / "a.safetensors"
+    source.write_bytes(pickle.dumps(content))
+    convert(source, destination)
+    data = IEMOCAP(str(destination))
+    assert data.modalities == {"text": 5, "audio": 3, "vision": 4}
+    test = data.splits["test"]
+    assert test.ids == [f"v10_{n}" for n in range(3)] + [f"v11_{n}" for n in range(4)]
+    assert test.samples.targets.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    source.write_bytes(pickle.dumps([(("words", 1, 2), 3.0, "segment")]))
+    with pytest.raises(ValueError, match="a list of examples, as MISA writes"):
+        convert(source, destination)
+
+
+# --- your own ----------------------------------------------------------------------------------
+
+
+def own(count=60, seed=0):
+    """Return six modalities of other names, lengths and widths, and labels."""
+    generator = np.random.default_rng(seed)
+    shapes = {"eeg": (7, 3), "gaze": (1, 2), "Sprache 1": (4, 5), "a-b": (2, 1), "c": (3, 3)}
+    arrays = {name: generator.normal(size=(count, *shape)) for name, shape in shapes.items()}
+    arrays["table"] = generator.normal(size=(count, 6))
+    arrays["labels"] = np.arange(count) % 3
+    return arrays
+
+
+def save(path, arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_six_views_of_an_npz(tmp_path):
+    arrays = own()
+    data = Arrays(save(tmp_path / "a.npz", arrays))
+    assert data.modalities == {"eeg": 3, "gaze": 2, "Sprache 1": 5, "a-b": 1, "c": 3, "table": 6}
+    assert data.target.categories == ("0", "1", "2")
+    sizes = {split: len(samples) for split, samples in data.splits.items()}
+    assert sizes == {"train": 43, "valid": 5, "test": 12}
+    ids = [name for samples in data.splits.values() for name in samples.ids]
+    assert sorted(map(int, ids)) == list(range(60))
+    test = data.splits["test"]
+    rows = list(map(int, test.ids))
+    np.testing.assert_allclose(test.samples.features["table"][:, 0], arrays["table"][rows], 1e-6)
+    assert Arrays(data.path, modalities=["table", "eeg"]).modalities == {"table": 6, "eeg": 3}
+
+
+def test_own_splits_masks_names_and_scores(tmp_path):
+    arrays = own()
+    arrays["split"] = np.array(["train"] * 40 + ["test"] * 20)
+    arrays["id"] = np.array([f"n{n}" for n in range(60)])
+    arrays["labels"] = np.linspace(2, 9, 60).reshape(60, 1, 1)  # as MulT's files
+    arrays["eeg_lengths"] = np.arange(60) % 8
+    arrays["c_mask"] = np.ones((60, 3))
+    arrays["c_mask"][:, 1] = 0
+    data = Arrays(save(tmp_path / "a.npz", arrays), labels="scores", bins=7)
+    assert data.target.limits == (2, 9)
+    assert data.target.categories[:2] == ("2 to 3", "3 to 4")
+    assert len(data.splits["train"]) + len(data.splits["valid"]) == 40
+    test = data.splits["test"]
+    assert test.ids[0] == "n40"
+    assert test.samples.masks["eeg"].sum(1).tolist() == [n % 8 for n in range(40, 60)]
+    assert test.samples.masks["c"][0].tolist() == [True, False, True]
+
+
+def test_own_tables_of_a_pickle_with_ragged_lists_and_names(tmp_path):
+    tables = {
+        split: {
+            "a": [np.ones((1 + n % 4, 2)) for n in range(count)],
+            "b": np.random.default_rng(0).normal(size=(count, 3)),
+            "labels": ["cat", "dog", "cat"][:3] * (count // 3),
+        }
+        for split, count in {"train": 30, "valid": 6, "test": 6}.items()
+    }
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(tables))
+    data = Arrays(str(path))
+    assert data.target.categories == ("cat", "dog")
+    assert data.splits["valid"].samples.targets.tolist() == [0, 1, 0] * 2
+    assert data.splits["test"].samples.masks["a"].sum(1).tolist() == [1, 2, 3, 4, 1, 2]
+    flat = {f"{s}/{k}": np.asarray(v) for s, t in tables.items() for k, v in t.items() if k != "a"}
+    flat |= {f"{s}/c": flat[f"{s}/b"] for s in tables}
+    again = Arrays(save(tmp_path / "a.npz", flat))
+    assert torch.equal(
+        again.splits["test"].samples.features["b"], data.splits["test"].samples.features["b"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda d: d.pop("labels"), {}, "'labels' is missing; there are"),
+        (lambda d: d.update(labels=d["labels"][:-1]), {}, r"'eeg' has shape \(60, 7, 3\).*N = 59"),
+        (lambda d: d.update(labels=d["labels"] - 1), {}, "'labels' must be whole numbers from 0"),
+        (lambda d: d.update(labels=d["labels"] + 0.5), {}, "'labels' must be whole numbers from 0"),
+        (lambda d: d.update(labels=np.full(60, np.nan)), {"labels": "scores"}, "finite scores"),
+        (
+            lambda d: d.update(labels=np.array(["a"] * 60)),
+            {"labels": "scores"},
+            "got strings|hold num",
+        ),
+        (lambda d: d.update(c=np.array(["x"] * 60)), {}, "'c' must hold numbers; got <U1"),
+        (lambda d: d.update(c_lengths=np.full(60, 4)), {}, r"'c_lengths' must be whole .*\[0, 3\]"),
+        (lambda d: d.update(c_mask=np.ones((60, 4))), {}, r"'c_mask' has shape \(60, 4\)"),
+        (lambda d: d.update(split=np.array(["dev"] * 60)), {}, r"'split' must hold .*\['dev'\]"),
+        (
+            lambda d: None,
+            {"modalities": ["eeg", "smell"]},
+            "there is no modality 'smell'; the file",
+        ),
+        (lambda d: None, {"categories": ["a"]}, "'labels' has 3 classes; categories names 1"),
+        (lambda d: [d.pop(k) for k in list(d) if k not in ("c", "labels")], {}, "at least two"),
+    ],
+)
+def test_own_files_name_what_is_wrong(change, options, message, tmp_path):
+    arrays = own()
+    change(arrays)
+    with pytest.raises(SchemaError, match=message) as caught:
+        Arrays(save(tmp_path / "a.npz", arrays), **options).splits  # noqa: B018
+    assert str(tmp_path / "a.npz") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
 def test_tokens_stay_what_they_are(write):
     data = MOSI(write(), text="tokens")
     assert data.modalities == {"text": 0, "audio": 4, "vision": 4}
@@ -330,7 +523,7 @@ def test_scaling_in_pieces_is_scaling(monkeypatch):
     assert (whole.apply(x)[..., 3] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
 @pytest.mark.parametrize("name", FILES)
 def test_converted_file_gives_the_same_data(name, write, tmp_path, capsys):
     path, converted = write(name), str(tmp_path / "data.safetensors")
@@ -364,7 +557,7 @@ def test_make_sample_command(tmp_path):
 # --- missing modalities ------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
 def test_missing_modalities_are_masked(write):
     path = write(sizes=(40, 6, 5))
     missing = {"train": {"text": 0.5, "audio": 0.25}, "test": {"vision": 1.0}}
@@ -388,26 +581,40 @@ def test_missing_modalities_are_masked(write):
 # --- order -------------------------------------------------------------------------------------
 
 
-def test_ranks_together_see_the_batches_of_one_process():
-    alone = GlobalOrder(50, 12, shuffle=True, seed=3, rank=0, ranks=1)
-    both = [GlobalOrder(50, 6, shuffle=True, seed=3, rank=rank, ranks=2) for rank in (0, 1)]
+class Process:
+    """What a data module asks a trainer."""
+
+    def __init__(self, rank, ranks):
+        self.global_rank, self.world_size = rank, ranks
+
+
+def rows(data, loader, rank=0, ranks=1, epoch=0):
+    data.trainer = Process(rank, ranks)
+    found = getattr(data, loader)()
+    if loader == "train_dataloader":
+        found.sampler.set_epoch(epoch)
+    return [sorted(batch) for batch in found.batch_sampler], found
+
+
+def test_ranks_together_see_the_batches_of_one_process(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    one, two = DigitsData(batch_size=100), DigitsData(batch_size=50)
+    orders = []
     for epoch in range(2):
-        for order in (alone, *both):
-            order.set_epoch(epoch)
-        rows = [torch.tensor(list(order)) for order in (alone, *both)]
-        assert [len(order) for order in (alone, *both)] == [48, 24, 24]
-        batches = torch.cat([part.view(4, 6) for part in rows[1:]], 1)
-        assert torch.equal(rows[0].view(4, 12), batches)
-        assert len(rows[0].unique()) == 48
-    assert not torch.equal(rows[0], torch.arange(48))
-    other = GlobalOrder(50, 12, shuffle=True, seed=4, rank=0, ranks=1)
-    other.set_epoch(1)
-    assert list(other) != list(alone)
+        alone, _ = rows(one, "train_dataloader", epoch=epoch)
+        both = [rows(two, "train_dataloader", rank, 2, epoch)[0] for rank in (0, 1)]
+        assert [sorted(a + b) for a, b in zip(*both, strict=True)] == alone
+        assert len({n for batch in alone for n in batch}) == 1200
+        orders.append(alone)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "40")
+    orders.append(rows(one, "train_dataloader")[0])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_order_without_shuffling_leaves_nothing_out():
-    parts = [GlobalOrder(11, 4, shuffle=False, seed=0, rank=r, ranks=3) for r in range(3)]
-    assert [row for part in parts for row in part] == list(range(11))
+def test_evaluation_leaves_nothing_out():
+    data = DigitsData(eval_batch_size=100)
+    parts = [list(rows(data, "test_dataloader", rank, 3)[1].sampler) for rank in range(3)]
+    assert sorted(row for part in parts for row in part) == list(range(450))
 
 
 # --- digits ------------------------------------------------------------------------------------
@@ -479,25 +686,37 @@ def test_loaders_give_whole_batches():
     assert data.splits["test"][3].targets.shape == (1,)
 
 
-def test_loading_draws_no_global_random_numbers():
-    data = DigitsData()
-    state = torch.get_rng_state()
-    next(iter(data.train_dataloader()))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_no_view_suffices_alone():
-    scores = {name: values["accuracy"] for name, values in linear_scores(DigitsData()).items()}
-    assert scores["linear"] > 0.95
-    assert max(scores[f"linear_{view}"] for view in ("upper", "lower", "coarse")) < 0.93
+    scores = baseline_scores(DigitsData())
+    accuracy = {name: values["accuracy"] for name, (values, _) in scores.items()}
+    assert accuracy["logistic"] > 0.95
+    assert accuracy["SVC"] > 0.95
+    assert accuracy["random forest"] > 0.95
+    assert max(accuracy[f"logistic, {view}"] for view in ("upper", "lower", "coarse")) < 0.93
+    assert scores["logistic"][1]["C"] in (0.01, 0.1, 1.0)
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
-def test_linear_regression_of_scores(write):
-    scores = linear_scores(MOSI(write(sizes=(40, 6, 30))))
-    assert list(scores) == ["linear", "linear_text", "linear_audio", "linear_vision"]
-    assert scores["linear"]["corr"] > 0.8
-    assert scores["linear"]["mae"] < 1
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
+def test_baselines_of_scores(write):
+    scores = baseline_scores(MOSI(write(sizes=(40, 6, 30))))
+    assert list(scores) == [
+        *("ridge", "SVR", "random forest", "ridge, text", "ridge, audio", "ridge, vision")
+    ]
+    assert scores["ridge"][0]["corr"] > 0.8
+    assert scores["ridge"][0]["mae"] < 1
+
+
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
+def test_baselines_are_chosen_without_the_test_split(write):
+    """What cross-validation chooses does not change with the test labels."""
+    one = baseline_scores(IEMOCAP(write("iemocap", sizes=(60, 6, 30))), single=False)
+
+    def change(content):
+        content["test"]["classification_labels"][:] = 0
+
+    two = baseline_scores(IEMOCAP(write("iemocap", change, sizes=(60, 6, 30))), single=False)
+    assert [best for _, best in one.values()] == [best for _, best in two.values()]
+    assert one["SVC"][0] != two["SVC"][0]
 
 
 def test_samples_need_no_scaling_and_no_ids():

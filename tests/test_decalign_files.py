@@ -17,7 +17,11 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
-from examples.decalign.__main__ import main
+from examples.benchmarking.cli import main
+from examples.benchmarking.extract import read_vision, read_wave
+from examples.benchmarking.runs import Run
+from examples.benchmarking.storage import Checkpoints, replacing
+from examples.benchmarking.text import Text, TextEncoder
 from examples.decalign.data import (
     MOSI,
     RefusedPickleError,
@@ -27,10 +31,6 @@ from examples.decalign.data import (
     reader,
 )
 from examples.decalign.data.reader import read_dataset, read_pickle
-from examples.decalign.extract import read_vision, read_wave
-from examples.decalign.runs import Run
-from examples.decalign.storage import Checkpoints, replacing
-from examples.decalign.text import Text, TextEncoder
 from tests import kill_training
 
 
@@ -327,7 +327,7 @@ def test_arrays_of_objects_are_refused_deep_inside(protocol, witness, tmp_path):
 # --- weights -----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::examples.decalign.data.sentiment.DataWarning")
+@pytest.mark.filterwarnings("ignore::examples.decalign.data.base.DataWarning")
 def test_hostile_checkpoints_are_refused(witness, tmp_path):
     data = tmp_path / "data.pkl"
     make_sample("iemocap", data, sizes=(24, 6, 5), steps=3, features=4)
@@ -405,7 +405,7 @@ def test_a_checkpoint_is_whole_when_its_writer_is_killed(tmp_path):
     path = tmp_path / "last.ckpt"
     code = (
         "import sys, torch\n"
-        "from examples.decalign.storage import Checkpoints\n"
+        "from examples.benchmarking.storage import Checkpoints\n"
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"

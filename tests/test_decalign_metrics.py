@@ -6,8 +6,8 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from examples.decalign.metrics import make_metrics
-from examples.decalign.targets import POLARITY, SENTIMENT, SIMS, Target
+from examples.benchmarking.metrics import make_metrics
+from examples.decalign.data.target import POLARITY, SENTIMENT, SIMS, Target
 
 SIX = Target(kind="class", categories=tuple("abcdef"))
 
@@ -60,7 +60,7 @@ def test_sims_counted_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_agree_with_scikit_learn_and_scipy(target, seed):
     generator = np.random.default_rng(seed)
-    limit = target.limit
+    limit = target.limits[1]
     labels = np.round(generator.uniform(-limit, limit, 200), 1)
     predicted = 1.3 * labels + limit * generator.normal(size=200) / 2
     found = compute(target, torch.from_numpy(predicted), torch.from_numpy(labels), parts=7)
@@ -125,3 +125,16 @@ def test_losses_of_a_score_and_of_classes():
     torch.testing.assert_close(SIX.loss(logits, labels), expected)
     assert SENTIMENT.num_outputs == 1
     assert SIX.num_outputs == 6
+
+
+def test_scores_are_clipped_where_mmsa_clips_them():
+    logits = torch.tensor([[-2.0], [0.3], [1.4]])
+    assert SIMS.predict(logits).tolist() == pytest.approx([-1.0, 0.3, 1.0])
+    assert SENTIMENT.predict(5 * logits).tolist() == pytest.approx([-10.0, 1.5, 7.0])
+
+
+def test_a_score_without_a_sign_has_no_binary_accuracy():
+    target = Target(kind="score", categories=("low", "high"), limits=(2.0, 9.0), edges=(5.0,))
+    found = compute(target, torch.tensor([2.5, 8.0, 6.0]), torch.tensor([3.0, 8.0, 4.0]))
+    assert set(found) == {"mae", "corr", "acc2"}
+    assert found["acc2"] == pytest.approx(2 / 3)

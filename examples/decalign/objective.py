@@ -1,22 +1,111 @@
-"""DecAlign's objective: the task's loss and the alignment losses of multialign (Eq. 13)."""
+"""DecAlign's objective, Eq. 1 to 13: the task's loss and the alignment losses of multialign."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, all_reduce
-from torch.distributed.nn.functional import all_gather
 
-from examples.decalign.network import Output
-from examples.decalign.switches import Switches
-from examples.decalign.targets import Target
+from examples.decalign.data.target import Target
 from multialign import CosineDecouplingLoss, GaussianMomentLoss, MMDLoss, PrototypeAlignmentLoss
 
-__all__ = ["Losses", "Objective"]
+__all__ = [
+    "MMD",
+    "Contrastive",
+    "Decoupling",
+    "Losses",
+    "Moments",
+    "Objective",
+    "Prototypes",
+    "Switches",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoupling:
+    """Options of Eq. 1.
+
+    Args:
+        form: "signed" is Eq. 1 as printed, which rewards anti-parallel features; "squared" and
+            "absolute" reward orthogonal ones.
+        modalities: Whether Eq. 1 is the "sum" over modalities, as printed, or the "mean".
+    """
+
+    form: Literal["signed", "squared", "absolute"] = "signed"
+    modalities: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototypes:
+    """Options of Eq. 2-9, see :class:`multialign.PrototypeAlignmentLoss`.
+
+    Args:
+        num_prototypes: K; the number of the task's categories if None, as in the paper.
+        covariance_type: The covariances of the mixtures.
+        em_iterations: The number of EM steps.
+        regularization: What covariances get on their diagonal, in parts of the variance, since a
+            component of fewer samples than features has a singular covariance.
+        epsilon: The weight of the entropy, lambda in Eq. 7.
+        objective: "transport" is the first term of Eq. 9, "regularized" the value of Eq. 7.
+        matching: "index" compares with the prototype of the same number, "plan" with its image.
+        cost_reduction: Whether squared distances are summed, or divided by d_s.
+        differentiate: The EM steps that carry gradients.
+        momentum: If given, mixtures run over batches with this rate.
+    """
+
+    num_prototypes: int | None = None
+    covariance_type: Literal["diag", "full", "tied", "spherical"] = "full"
+    em_iterations: int = 10
+    regularization: float = 1e-3
+    epsilon: float = 0.1
+    objective: Literal["transport", "regularized"] = "transport"
+    matching: Literal["index", "plan"] = "index"
+    cost_reduction: Literal["sum", "mean"] = "sum"
+    differentiate: Literal["unroll", "last", "none"] = "unroll"
+    momentum: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Options of Eq. 10.
+
+    Args:
+        feature_reduction: Whether squared differences are summed over features or averaged.
+        of: The features that are compared: "common", as in the paper, or "latent".
+    """
+
+    feature_reduction: Literal["sum", "mean"] = "sum"
+    of: Literal["common", "latent"] = "common"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMD:
+    """Options of Eq. 11-12, see :class:`multialign.MMDLoss`.
+
+    Args:
+        bandwidth: sigma, or "median".
+        estimator: The estimator of the expectations.
+    """
+
+    bandwidth: float | Literal["median"] = "median"
+    estimator: Literal["biased", "unbiased"] = "biased"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """Options of the supervised contrastive loss (Khosla et al., 2020).
+
+    Args:
+        temperature: The temperature of the similarities.
+        of: The features that are contrasted: the "common" features of all modalities, or "fused",
+            what the head reads, as in the released code.
+    """
+
+    temperature: float = 0.1
+    of: Literal["common", "fused"] = "common"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +116,49 @@ class Losses:
         alpha: Weight of the heterogeneous alignment.
         beta: Weight of the homogeneous alignment.
         gamma: Weight of the contrastive training.
-        score: The task's loss of a score: "mse" as in the paper, "l1" as in the released code.
-        decoupling: Options of :class:`multialign.CosineDecouplingLoss`. "signed" is Eq. 1 as
-            printed, which rewards anti-parallel features rather than orthogonal ones.
-        prototypes: Options of :class:`multialign.PrototypeAlignmentLoss`. `num_prototypes`
-            defaults to the number of the task's categories, as in the paper.
-        moments: Options of :class:`multialign.GaussianMomentLoss`.
-        mmd: Options of :class:`multialign.MMDLoss`.
-        contrastive: Options of `pytorch_metric_learning.losses.SupConLoss`.
+        score: The task's loss of a score.
+        decoupling: Options of Eq. 1.
+        prototypes: Options of Eq. 2-9.
+        moments: Options of Eq. 10.
+        mmd: Options of Eq. 11-12.
+        contrastive: Options of the contrastive training.
     """
 
     alpha: float = 0.05
     beta: float = 0.05
     gamma: float = 0.05
     score: Literal["mse", "l1"] = "mse"
-    decoupling: dict[str, Any] = field(default_factory=lambda: {"form": "signed"})
-    prototypes: dict[str, Any] = field(
-        default_factory=lambda: {"covariance_type": "full", "regularization": 1e-3}
-    )
-    moments: dict[str, Any] = field(default_factory=dict)
-    mmd: dict[str, Any] = field(default_factory=dict)
-    contrastive: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.1})
+    decoupling: Decoupling = Decoupling()
+    prototypes: Prototypes = Prototypes()
+    moments: Moments = Moments()
+    mmd: MMD = MMD()
+    contrastive: Contrastive = Contrastive()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """Parts of DecAlign (Table 2). False removes a part: its computation, not only its weight.
+
+    Args:
+        mfd: Decoupling. Without it there is no common encoder and no Eq. 1; both branches use the
+            unique encoder of each modality.
+        hete: Prototype alignment of the unique features, Eq. 2-9. The transformers are part of the
+            fusion (Sec. 3.4) and stay.
+        homo: Everything of Sec. 3.3: the distribution encoder, Eq. 10 and Eq. 11-12.
+        proto_ot: The transport term of Eq. 9; the sample-to-prototype term stays.
+        sem: Moment matching, Eq. 10.
+        mmd: Distribution matching, Eq. 11-12, with the distribution encoder.
+        ct: Contrastive training, off by default. Table 2 has a column for it, but Eq. 13 has no
+            term and the paper no formula.
+    """
+
+    mfd: bool = True
+    hete: bool = True
+    homo: bool = True
+    proto_ot: bool = True
+    sem: bool = True
+    mmd: bool = True
+    ct: bool = False
 
 
 class Objective(nn.Module):
@@ -62,90 +173,75 @@ class Objective(nn.Module):
         target: The classes or the score to predict.
         losses: Weights and options.
         switches: The terms to compute.
-        process_group: If given, the gradients of all ranks average to those of one process with all
-            samples; ranks must have equally many samples.
+        width: d_s, which running mixtures need.
+        num_modalities: M, which running mixtures need.
     """
 
     def __init__(
         self,
         target: Target,
-        losses: Losses | None = None,
-        switches: Switches | None = None,
-        process_group: ProcessGroup | None = None,
+        losses: Losses = Losses(),
+        switches: Switches = Switches(),
+        width: int | None = None,
+        num_modalities: int | None = None,
     ) -> None:
         super().__init__()
-        losses = losses or Losses()
-        switches = switches or Switches()
         self.target = target
-        self.losses = losses
-        self.process_group = process_group
-        group = {"process_group": process_group}
-        prototypes = {"num_prototypes": len(target.categories), **losses.prototypes, **group}
-        if not switches.proto_ot:
-            prototypes["transport_weight"] = 0.0
-        self.decoupling = None
+        self.options = losses
+        self.decoupling, self.prototypes, self.moments, self.mmd, self.contrastive = [None] * 5
         if switches.mfd:
-            # `_decouple` takes the mean over processes.
-            reduction = "mean" if process_group is None else "sum"
-            self.decoupling = CosineDecouplingLoss(**losses.decoupling, reduction=reduction)
-        self.prototypes = PrototypeAlignmentLoss(**prototypes) if switches.hete else None
-        homo = switches.homo
-        self.moments = (
-            GaussianMomentLoss(**losses.moments, **group) if homo and switches.sem else None
-        )
-        self.mmd = MMDLoss(**losses.mmd, **group) if homo and switches.mmd else None
-        self.contrastive = SupConLoss(**losses.contrastive) if switches.ct else None
+            self.decoupling = CosineDecouplingLoss(form=losses.decoupling.form)
+        if switches.hete:
+            options: dict[str, Any] = asdict(losses.prototypes)
+            options["num_prototypes"] = options["num_prototypes"] or len(target.categories)
+            if not switches.proto_ot:
+                options["transport_weight"] = 0.0
+            if options["momentum"] is not None:
+                options |= {"num_features": width, "num_modalities": num_modalities}
+            self.prototypes = PrototypeAlignmentLoss(**options)
+        if switches.homo and switches.sem:
+            self.moments = GaussianMomentLoss(feature_reduction=losses.moments.feature_reduction)
+        if switches.homo and switches.mmd:
+            self.mmd = MMDLoss(**asdict(losses.mmd))
+        if switches.ct:
+            self.contrastive = SupConLoss(temperature=losses.contrastive.temperature)
 
-    def forward(self, output: Output, targets: Tensor) -> dict[str, Tensor]:
+    def forward(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
         """Return the terms by name, unweighted, and their weighted sum as "loss"."""
-        terms = {"task": self.target.loss(output.logits, targets, self.losses.score)}
-        terms["loss"] = terms["task"]
-        if self.decoupling is not None:
-            terms["dec"] = self._decouple(output)
-            terms["loss"] = terms["loss"] + terms["dec"]
-        if self.prototypes is not None:
-            solved = self.prototypes.solve(output.unique, output.present)
+        options, present = self.options, output.present
+        terms = {"task": self.target.loss(output.logits, targets, options.score)}
+        loss = terms["task"]
+        if self.decoupling is not None:  # Eq. 1
+            terms["dec"] = self.decoupling(output.unique_steps, output.common_steps, present)
+            if options.decoupling.modalities == "mean":
+                terms["dec"] = terms["dec"] / len(present)
+            loss = loss + terms["dec"]
+        if self.prototypes is not None:  # Eq. 2-9
+            solved = self.prototypes.solve(output.unique, present)
             terms["transport"] = solved.transport_loss
             terms["prototype"] = solved.prototype_loss
             terms["hete"] = solved.loss
-            terms["loss"] = terms["loss"] + self.losses.alpha * terms["hete"]
-        # Eq. 10 compares the common features, Eq. 11 the outputs of the distribution encoder.
+            loss = loss + options.alpha * terms["hete"]
         homo = {}
-        if self.moments is not None:
-            homo["sem"] = self.moments(output.common, output.present)
-        if self.mmd is not None and output.latents is not None:
-            homo["mmd"] = self.mmd(output.latents, output.present)
+        if self.moments is not None:  # Eq. 10
+            latent = options.moments.of == "latent" and output.latents is not None
+            homo["sem"] = self.moments(output.latents if latent else output.common, present)
+        if self.mmd is not None:  # Eq. 11-12
+            homo["mmd"] = self.mmd(output.latents, present)
         if homo:
             terms |= homo
             terms["homo"] = torch.stack(list(homo.values())).sum()
-            terms["loss"] = terms["loss"] + self.losses.beta * terms["homo"]
+            loss = loss + options.beta * terms["homo"]
         if self.contrastive is not None:
             terms["ct"] = self._contrast(output, targets)
-            terms["loss"] = terms["loss"] + self.losses.gamma * terms["ct"]
-        return terms
+            loss = loss + options.gamma * terms["ct"]
+        return {**terms, "loss": loss}  # Eq. 13
 
-    def _decouple(self, output: Output) -> Tensor:
-        unique, common, present = output.unique_steps, output.common_steps, output.present
-        if self.process_group is None:
-            return self.decoupling(unique, common, present)
-        counts = torch.stack([mask.sum() for mask in present]).to(output.logits.dtype)
-        all_reduce(counts, group=self.process_group)
-        # DDP averages over ranks; `ranks` times the sum over the total count then gives the mean.
-        sums = [
-            self.decoupling([u], [c], [mask])
-            for u, c, mask in zip(unique, common, present, strict=True)
-        ]
-        ranks = self.process_group.size()
-        return (ranks * torch.stack(sums) / counts.clamp_min(1)).sum()
-
-    def _contrast(self, output: Output, targets: Tensor) -> Tensor:
-        """Return the contrastive loss of the common features of all present modalities."""
-        features = torch.stack(output.common)
-        present = torch.stack(output.present)
-        labels = self.target.category(targets).expand_as(present)
-        if self.process_group is not None:
-            features, present, labels = (
-                torch.cat(all_gather(x.contiguous(), group=self.process_group), 1)
-                for x in (features, present, labels)
-            )
-        return self.contrastive(features[present], labels[present])
+    def _contrast(self, output: Any, targets: Tensor) -> Tensor:
+        labels = self.target.category(targets)
+        if self.options.contrastive.of == "fused":
+            loss: Tensor = self.contrastive(output.fused, labels)
+            return loss
+        features, present = torch.stack(output.common), torch.stack(output.present)
+        loss = self.contrastive(features[present], labels.expand_as(present)[present])
+        return loss

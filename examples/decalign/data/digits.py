@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from examples.decalign.data.base import ModalityData
-from examples.decalign.data.batch import Batch, Samples, Scaling
-from examples.decalign.targets import Target
+from examples.decalign.data.base import Batch, ModalityData, Samples, Scaling
+from examples.decalign.data.target import Target
 
 __all__ = ["VIEWS", "DigitsData", "split_rows"]
 
@@ -68,9 +67,9 @@ class DigitsData(ModalityData):
         views: The modalities: "upper", "lower", "coarse", "left", "right", "profile".
         validation_fraction: The fraction of the samples outside the test split that is used for
             validation; training selects nothing on it.
-        batch_size: As in `ModalityData`.
-        eval_batch_size: As in `ModalityData`.
-        missing: As in `ModalityData`.
+        batch_size: Samples in a training batch of each process.
+        eval_batch_size: Samples in a batch of evaluation.
+        missing: The fractions of samples that lack a modality, as `{"test": {"upper": 0.5}}`.
     """
 
     def __init__(

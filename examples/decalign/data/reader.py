@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from examples.decalign.storage import replacing
+from examples.benchmarking.storage import replacing
 
 __all__ = ["RefusedPickleError", "convert", "read_dataset", "read_pickle", "write_dataset"]
 
@@ -176,29 +176,57 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def read_dataset(path: str | Path) -> Splits:
-    """Return the splits of a pickle, or of the file that `convert` made of one.
+    """Return what a pickle, an `.npz` or the file that `convert` made of one holds.
+
+    Keys of an `.npz` such as "train/text" become tables; a key without "/" stays on top.
 
     The arrays of a converted file are memory-mapped, and read when they are used.
 
     Raises:
         FileNotFoundError: There is no such file.
         pickle.UnpicklingError: As in `read_pickle`.
-        ValueError: A converted file is cut off, or was not written by `convert`.
+        ValueError: An `.npz` or a converted file is cut off or foreign.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a data set's file; got {path}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return read_pickle(path)
+    return _read_npz(path) if path.suffix == ".npz" else read_pickle(path)
 
 
 def convert(source: str | Path, destination: str | Path) -> None:
-    """Write a pickle as a safetensors file, which contains no code and is memory-mapped."""
-    splits = read_dataset(source)
+    """Write a pickle as a safetensors file, which contains no code and is memory-mapped.
+
+    DialogueRNN's tuple becomes tables of utterances, with the last tenth of its training dialogues
+    as validation split.
+    """
+    splits: Any = read_dataset(source)
+    if isinstance(splits, tuple) and len(splits) >= 9:
+        splits = _read_dialogues(splits)
     if not isinstance(splits, dict) or not all(isinstance(t, dict) for t in splits.values()):
-        raise ValueError(f"{source} must hold a dictionary of splits, each a dictionary")
+        hint = ""
+        if isinstance(splits, list):
+            hint = "; a list of examples, as MISA writes, must become arrays of one npz first"
+        raise ValueError(f"{source} must hold a dictionary of splits, each a dictionary{hint}")
     write_dataset(splits, destination)
+
+
+def _read_dialogues(content: tuple[Any, ...]) -> Splits:
+    """Return the utterances of DialogueRNN's tuple (ids, speakers, labels, features by video)."""
+    ids, _, labels, text, audio, vision = content[:6]
+    train, test = (sorted(content[place]) for place in (-2, -1))
+    cut = max(len(train) // 10, 1)
+    splits: Splits = {}
+    for split, videos in {"train": train[:-cut], "valid": train[-cut:], "test": test}.items():
+        splits[split] = {
+            "id": [str(name) for video in videos for name in ids[video]],
+            "classification_labels": np.array([y for video in videos for y in labels[video]]),
+        }
+        for name, features in {"text": text, "audio": audio, "vision": vision}.items():
+            rows = np.array([x for video in videos for x in features[video]], np.float32)
+            splits[split][name] = rows[:, None]
+    return splits
 
 
 def write_dataset(splits: Splits, destination: str | Path) -> None:
@@ -224,6 +252,19 @@ def write_dataset(splits: Splits, destination: str | Path) -> None:
                 )
     with replacing(destination) as part:
         save_file(arrays, part, metadata={"texts": json.dumps(texts)})
+
+
+def _read_npz(path: Path) -> Splits:
+    splits: Splits = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                *table, key = name.split("/", 1)
+                (splits.setdefault(table[0], {}) if table else splits)[key] = file[name]
+    # Bytes that are not an archive can raise any exception.
+    except Exception as error:
+        raise ValueError(f"{path} is no whole npz of numbers and strings: {error}") from error
+    return splits
 
 
 def _read_safetensors(path: Path) -> Splits:

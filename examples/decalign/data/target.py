@@ -20,22 +20,29 @@ class Target:
         kind: "class" or "score".
         categories: The names of the categories. Those of a score are in rising order; their number
             is the paper's number of prototypes.
-        limit: The bound of a score, which lies in [-limit, limit].
+        limits: The lowest and the highest score.
         edges: The edges between the categories of a score; each belongs to the category below.
             Without edges, the category is the whole number nearest to the score.
         zero: Whether a score of 0 counts as "positive" or "negative" in a binary accuracy.
+        clipped: Whether predicted scores are clipped to the limits.
     """
 
     kind: Literal["class", "score"]
     categories: tuple[str, ...]
-    limit: int = 1
+    limits: tuple[float, float] = (-1.0, 1.0)
     edges: tuple[float, ...] = ()
     zero: Literal["positive", "negative"] = "positive"
+    clipped: bool = False
 
     @property
     def num_outputs(self) -> int:
         """The number of outputs of the network: one for a score, or one for each class."""
         return 1 if self.kind == "score" else len(self.categories)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the score may be negative or positive."""
+        return self.kind == "score" and self.limits[0] < 0 < self.limits[1]
 
     def category(self, scores: Tensor) -> Tensor:
         """Return the index of each score's category; classes are returned unchanged."""
@@ -43,7 +50,8 @@ class Target:
             return scores
         if self.edges:
             return torch.bucketize(scores, scores.new_tensor(self.edges))
-        return (scores.clamp(-self.limit, self.limit).round() + self.limit).long()
+        low, high = self.limits
+        return (scores.clamp(low, high).round() - low).long()
 
     def polarity(self, scores: Tensor) -> Tensor:
         """Return 1 where a score is positive and 0 where it is negative."""
@@ -51,10 +59,12 @@ class Target:
 
     def predict(self, logits: Tensor) -> Tensor:
         """Return scores or classes, `(N)`, from the network's `(N, num_outputs)`."""
-        return logits.squeeze(-1) if self.kind == "score" else logits.argmax(-1)
+        if self.kind == "class":
+            return logits.argmax(-1)
+        return logits.squeeze(-1).clamp(*self.limits) if self.clipped else logits.squeeze(-1)
 
     def loss(self, logits: Tensor, targets: Tensor, score_loss: str = "mse") -> Tensor:
-        """Return cross-entropy, or for a score "mse" (the paper) or "l1" (the released code)."""
+        """Return cross-entropy, or for a score "mse" (the paper) or "l1"."""
         if self.kind == "class":
             return cross_entropy(logits, targets)
         distance = mse_loss if score_loss == "mse" else l1_loss
@@ -63,19 +73,20 @@ class Target:
 
 SENTIMENT = Target(
     kind="score",
-    limit=3,
+    limits=(-3.0, 3.0),
     categories=("-3", "-2", "-1", "0", "+1", "+2", "+3"),
 )
 """CMU-MOSI and CMU-MOSEI: seven categories, which are whole numbers."""
 
 SIMS = Target(
     kind="score",
-    limit=1,
+    limits=(-1.0, 1.0),
     edges=(-0.1, 0.1),
     categories=("negative", "neutral", "positive"),
     zero="negative",
+    clipped=True,
 )
-"""CH-SIMS: three classes, of which neutral is (-0.1, 0.1]; a score of 0 is not positive."""
+"""CH-SIMS: three classes, of which neutral is (-0.1, 0.1]; predictions are clipped, as by MMSA."""
 
 POLARITY = Target(kind="class", categories=("negative", "positive"))
 """Sentiment as two classes."""

@@ -13,15 +13,13 @@ predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError, Metric, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from examples.decalign.targets import Target
+from examples.decalign.data.target import Target
 
 __all__ = ["make_metrics"]
 
@@ -39,36 +37,24 @@ def make_metrics(target: Target) -> MetricCollection:
             }
         )
 
-    def nonzero_polarity(scores: Tensor) -> Tensor:
-        return torch.where(scores == 0, IGNORED, target.polarity(scores))
+    def binary(metric: type[Metric], average: str, nonzero: bool) -> Metric:
+        def predicted(scores: Tensor) -> Tensor:
+            return (scores > 0).long() if nonzero else target.polarity(scores)
 
-    def transformed(
-        metric: Metric,
-        transform_scores: Callable[[Tensor], Tensor],
-        transform_labels: Callable[[Tensor], Tensor],
-    ) -> Metric:
-        return LambdaInputTransformer(metric, transform_scores, transform_labels)
+        def labelled(scores: Tensor) -> Tensor:
+            polarity = target.polarity(scores)
+            return torch.where(scores == 0, IGNORED, polarity) if nonzero else polarity
 
-    def positive(scores: Tensor) -> Tensor:
-        return (scores > 0).long()
+        ignored = IGNORED if nonzero else None
+        made = metric(num_classes=2, average=average, ignore_index=ignored)
+        return LambdaInputTransformer(made, predicted, labelled)
 
-    polarity = target.polarity
-    nonzero = {"num_classes": 2, "ignore_index": IGNORED}
-    return MetricCollection(
-        {
-            "mae": MeanAbsoluteError(),
-            "corr": PearsonCorrCoef(),
-            "acc2": transformed(MulticlassAccuracy(2, average="micro"), polarity, polarity),
-            "f1": transformed(MulticlassF1Score(2, average="weighted"), polarity, polarity),
-            "acc2_nonzero": transformed(
-                MulticlassAccuracy(average="micro", **nonzero), positive, nonzero_polarity
-            ),
-            "f1_nonzero": transformed(
-                MulticlassF1Score(average="weighted", **nonzero), positive, nonzero_polarity
-            ),
-            f"acc{count}": transformed(
-                MulticlassAccuracy(count, average="micro"), target.category, target.category
-            ),
-        },
-        compute_groups=False,
+    metrics: dict[str, Metric] = {"mae": MeanAbsoluteError(), "corr": PearsonCorrCoef()}
+    if target.signed:
+        for ending, nonzero in (("", False), ("_nonzero", True)):
+            metrics[f"acc2{ending}"] = binary(MulticlassAccuracy, "micro", nonzero)
+            metrics[f"f1{ending}"] = binary(MulticlassF1Score, "weighted", nonzero)
+    metrics[f"acc{count}"] = LambdaInputTransformer(
+        MulticlassAccuracy(count, average="micro"), target.category, target.category
     )
+    return MetricCollection(metrics, compute_groups=False)

@@ -81,6 +81,7 @@ def confusion_matrices(
             axes.tick_params(axis="x", rotation=45 if long else 0)
             accuracy = 100 * np.mean(labels == predicted)
             axes.set_title(f"{model}: {accuracy:.1f} % correct")
+        figure.suptitle("Predicted against true categories, test split, all seeds")
         grid[0].set_ylabel("true")
         bar = figure.colorbar(image, ax=grid, shrink=0.9)
         bar.set_label("% of the true category")
@@ -109,7 +110,7 @@ def category_bars(
     places = np.arange(len(categories))
     shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.9, len(scores)))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + 0.85 * len(categories), 3.0), layout="constrained")
+        figure = Figure(figsize=(max(1.5 + 0.85 * len(categories), 6.4), 3.4), layout="constrained")
         axes = figure.subplots()
         for number, (name, values) in enumerate(scores.items()):
             table = 100 * np.stack(values)
@@ -123,13 +124,20 @@ def category_bars(
                 label=name,
             )
         axes.set(xticks=places, xticklabels=categories, ylabel="F1 of the category, %")
+        axes.set_xlabel("category")
+        seeds = max(map(len, scores.values()))
+        bars = f"mean and deviation over {seeds} seeds" if seeds > 1 else "one seed"
+        axes.set_title(f"F1 of each category on the test split, {bars}")
         lowest = min(100 * np.stack(v).mean(0).min() for v in scores.values())
+        axes.set_ylim(bottom=0)
         if lowest > 60:
             # The axis does not start at 0; its label says so.
             axes.set_ylim(np.floor(lowest / 10) * 10 - 5, 100)
             axes.set_ylabel("F1 of the category, % (axis cut)")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=len(scores), frameon=False, fontsize=8)
+        figure.legend(
+            loc="outside upper center", ncols=min(len(scores), 3), frameon=False, fontsize=8
+        )
         _save(figure, path)
 
 
@@ -137,6 +145,7 @@ def bubbles(
     paper: Mapping[str, tuple[float, float, float | None]],
     ours: Mapping[str, tuple[float, float, float | None]],
     titles: tuple[str, str],
+    data: str,
     path: Path,
 ) -> None:
     """Draw two metrics against each other; the larger a bubble, the smaller the model's MAE.
@@ -145,6 +154,7 @@ def bubbles(
         paper: The published rows: both metrics, and the mean absolute error or None.
         ours: The rows trained here, in the same form.
         titles: The names of the two metrics.
+        data: The name of the data set.
         path: The PNG to write.
     """
     points = [
@@ -176,9 +186,15 @@ def bubbles(
                 textcoords="axes fraction",
                 va="center",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "linewidth": 0.4,
+                    "color": "0.5",
+                    "relpos": (0, 0.5),
+                },
             )
         axes.set(xlabel=f"{titles[0]}, %", ylabel=f"{titles[1]}, %")
+        axes.set_title(f"{data.upper()}, test split; larger bubbles have a smaller error")
         axes.legend(frameon=False, loc="upper left")
         _save(figure, path)
 
@@ -218,14 +234,20 @@ def sensitivity(result: Mapping[str, Any], path: Path) -> None:
             xlabel=r"$\beta$ (homogeneous)",
             ylabel=r"$\alpha$ (heterogeneous)",
         )
+        seeds = len(result["seeds"])
+        axes.set_title(f"Sensitivity to the weights of alignment, {seeds} seed{'s' * (seeds > 1)}")
         bar = figure.colorbar(image, ax=axes, shrink=0.9)
-        bar.set_label("F1, %")
+        bar.set_label(f"{result['metric']}, %")
         bar.outline.set_linewidth(0.6)
         _save(figure, path)
 
 
-def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Path) -> None:
-    """Draw t-SNE maps of language and vision, or of the first two, with lines between pairs.
+def modality_gap(
+    rows: Mapping[str, Mapping[str, Mapping[str, Array]]],
+    path: Path,
+    pair: Sequence[str] | None = None,
+) -> None:
+    """Draw t-SNE maps of two modalities, with lines between the pairs.
 
     Each map is one t-SNE of both modalities together. The two numbers under it are measured in the
     feature space, since distances in a map mean little: the distance between the modalities'
@@ -236,6 +258,7 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
         rows: The features `(N, D)` by modality, for each kind of features (a row) and each stage
             (a column).
         path: The PNG to write.
+        pair: The two modalities; by default text and vision, as in the paper, or the first two.
     """
     columns = list(dict.fromkeys(stage for stages in rows.values() for stage in stages))
     with mpl.rc_context(STYLE):
@@ -248,12 +271,19 @@ def modality_gap(rows: Mapping[str, Mapping[str, Mapping[str, Array]]], path: Pa
             for axes, stage in zip(row, columns, strict=True):
                 axes.set(xticks=[], yticks=[])
                 if stage in stages:
-                    names = _two_modalities(list(stages[stage]))
+                    known = list(stages[stage])
+                    names = list(pair) if pair else _two_modalities(known)
+                    if not set(names) <= set(known):
+                        raise ValueError(f"pair must be among {known}; got {names}")
                     x, y = (stages[stage][name] for name in names)
                     _draw_pairs(axes, x[:SHOWN_PAIRS], y[:SHOWN_PAIRS], names)
                     axes.set_xlabel(
                         f"gap {centre_gap(x, y):.2f},  pair distance {pair_ratio(x, y):.2f}"
                     )
+        figure.suptitle(
+            f"t-SNE of {names[0]} and {names[1]}; a line joins the features of one test sample.\n"
+            "gap: distance of the centres / spread; pair distance: within pairs / across pairs"
+        )
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         _save(figure, path)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from examples.decalign.cli import DecAlignCLI
+from examples.benchmarking.cli import TrainingCLI
 
 __all__ = ["Run", "default_workers", "make_runs", "parse_data", "train_all"]
 
@@ -65,7 +65,7 @@ class Run:
     def train(self) -> Run:
         """Run `fit` without output; continue an interrupted run."""
         silence_lightning()
-        DecAlignCLI(
+        TrainingCLI(
             [
                 "fit",
                 *self.args,
@@ -106,10 +106,10 @@ def train_all(runs: Sequence[Run], workers: int) -> dict[str, list[Run]]:
     return groups
 
 
-def parse_data(shared: Sequence[str]) -> DecAlignCLI:
+def parse_data(shared: Sequence[str]) -> TrainingCLI:
     """Return the command line with the data that the arguments name; raise if they are wrong."""
     silence_lightning()
-    return DecAlignCLI(list(shared), run=False)
+    return TrainingCLI(list(shared), run=False)
 
 
 def silence_lightning() -> None:
