@@ -415,12 +415,11 @@ def _loss(fit: _Fit, options: _Options) -> Tensor:
     a, b = options.transport_weight, options.prototype_weight
     by_plan = options.matching == "plan" and b > 0
     solution = _solve(fit, options) if a > 0 or by_plan else None
-    terms = []
-    if solution is not None and a > 0:
-        terms.append(a * _transport_loss(solution, options))
-    if b > 0 or not terms:
-        terms.append(b * _prototype_loss(fit, solution, options))
-    return sum(terms[1:], start=terms[0])
+    total = None if solution is None or a == 0 else a * _transport_loss(solution, options)
+    if total is not None and b == 0:
+        return total
+    term = b * _prototype_loss(fit, solution, options)
+    return term if total is None else total + term
 
 
 def _solve(fit: _Fit, options: _Options) -> TransportSolution:

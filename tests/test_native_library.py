@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
 import torch
 
-from multialign import prototype_alignment_loss
 from multialign.ops._native import library
 
 SETS = library.instruction_sets()
@@ -82,12 +82,25 @@ def test_a_named_library_that_cannot_be_loaded_raises(state, tmp_path):
         state(MULTIALIGN_NATIVE_LIBRARY=path)
 
 
-def test_losses_run_without_the_core(state):
-    assert state(MULTIALIGN_NATIVE="0") == "off (MULTIALIGN_NATIVE=0)"
-    assert _has_no_core()
+def test_losses_run_without_the_core():
+    code = """
+    import torch
+    from multialign import MultiMarginalSinkhornLoss, PrototypeAlignmentLoss
+    from multialign.ops._native import core_state
+    assert core_state() == "off (MULTIALIGN_NATIVE=0)"
     features = [torch.randn(8, 3, requires_grad=True) for _ in range(3)]
-    prototype_alignment_loss(features, num_prototypes=2).backward()
-    assert all(x.grad.isfinite().all() for x in features)
+    for loss in (MultiMarginalSinkhornLoss(), PrototypeAlignmentLoss(2)):
+        loss(features).backward()
+        assert all(x.grad.isfinite().all() for x in features)
+    try:
+        PrototypeAlignmentLoss(2, backend="native")(features)
+    except RuntimeError as error:
+        assert "was not built here" in str(error)
+    else:
+        raise AssertionError
+    """
+    environment = {**os.environ, "MULTIALIGN_NATIVE": "0"}
+    subprocess.run([sys.executable, "-c", dedent(code)], check=True, env=environment)
 
 
 @needs_core

@@ -278,7 +278,6 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _call(name: str, arguments: Any, *others: Any) -> None:
     """Call a function of the core."""
     function = native_function(name)
-    function.restype = ctypes.c_int
     if not function(ctypes.byref(arguments), *others):
         raise MemoryError("there is no memory for the scratch of a fit")
 

@@ -320,6 +320,8 @@ def _solve_at_once(
     ordinary = method == "newton" and not problem.forbidden and not problem.relaxed
     if backend == "torch" or (backend == "triton" and not ordinary):
         return None
+    if symmetric and method != "newton":
+        return None
     costs = [
         cost.masked_fill(problem.forbidden[scope], math.inf) if scope in problem.forbidden else cost
         for scope, cost in problem.costs.items()

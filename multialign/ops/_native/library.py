@@ -76,5 +76,5 @@ def native_function(name: str, instruction_set_name: str | None = None) -> Any:
     if isinstance(library, str):
         return None
     function = getattr(library, f"multialign_{name}_{instruction_set_name or instruction_set()}")
-    # Those that return nothing leave a number that nobody reads.
+    function.restype = ctypes.c_int  # a number that nobody reads where nothing is returned
     return function
