@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from multialign import (
     multi_marginal_sinkhorn,
     squared_euclidean_cost,
 )
+from multialign.ops._native import transport as core
 
 OTT = f"OTT-JAX {importlib.metadata.version('ott-jax')} MMSinkhorn (jit)"
 POT = f"POT {importlib.metadata.version('POT')} sinkhorn_log"
@@ -153,15 +155,15 @@ def against_ott() -> list[Row]:
                 output = peer()
                 values = {"multialign": ours().value.item(), OTT: float(output.ent_reg_cost)}
                 for name, value in values.items():
-                    times[name].append(statistics.median(measured[name]))
+                    times[name].append(min(measured[name]))
                     errors[name].append(abs(value / exact - 1))
                 if not bool(output.converged):
                     # The flag is that of the last check, which may precede the last iteration.
                     print(f"OTT at K = {size}: {int(output.n_iters)} iterations")
             ratios = [b / a for a, b in zip(times["multialign"], times[OTT], strict=True)]
             print(
-                f"K = {size}: OTT takes {statistics.median(ratios):.2g} times as long "
-                f"({min(ratios):.2g} to {max(ratios):.2g})"
+                f"K = {size}, {dtype}: OTT takes {sum(times[OTT]) / sum(times['multialign']):.3g} "
+                f"times as long over all problems ({min(ratios):.2g} to {max(ratios):.2g})"
             )
             peaks = {
                 "multialign": partial(prepare_ours, size, 3, "complete", double, tolerance),
@@ -178,6 +180,75 @@ def against_ott() -> list[Row]:
                 )
                 for name in times
             ]
+    return rows
+
+
+def core_calls() -> list[Row]:
+    """Measure what a public call costs beyond the compiled core, and batches of problems."""
+    rows = []
+    spent = [0.0]
+    run = core._run
+
+    def timed(*args: Any) -> int:
+        start = time.perf_counter()
+        status = run(*args)
+        spent[0] += 1e3 * (time.perf_counter() - start)
+        return status
+
+    def forward(points: list[Tensor], epsilon: float, gradient: bool) -> None:
+        tables = [cost.requires_grad_(gradient) for cost in costs(points).values()]
+        uniform = [x.new_full((len(x),), 1 / len(x)) for x in points]
+        spent[0], start = 0.0, time.perf_counter()
+        given = dict(zip(edges("complete", 3), tables, strict=True))
+        value = multi_marginal_sinkhorn(given, uniform, epsilon, tolerance=1e-6).value
+        if gradient:
+            torch.autograd.grad(value, tables)
+        beyond.append(1e3 * (time.perf_counter() - start) - spent[0])
+        alone.append(spent[0])
+
+    core._run = timed
+    for gradient in (False, True):
+        for size in (7, 16, 32, 64):
+            beyond: list[float] = []
+            alone: list[float] = []
+            points = clouds(size, 3, torch.float64)
+            epsilon = RELATIVE_EPSILON * deviation(points)
+            for _ in range(200):
+                forward(points, epsilon, gradient)
+            case = "one call of three marginals, float64 to 1e-6, value"
+            rows += [
+                Row(
+                    case=case + (" and gradient" if gradient else ""),
+                    size=f"K = {size}",
+                    provider=provider,
+                    **harness.quantiles(sorted(times)[:100]),
+                    peak_mib=math.nan,
+                    error=math.nan,
+                )
+                for provider, times in (("the core alone", alone), ("all else", beyond))
+            ]
+    core._run = run
+    for count in (32, 4096):
+        for size in (7, 16):
+            points = [
+                torch.stack([clouds(size, 3, torch.float32, seed=seed)[m] for seed in range(count)])
+                for m in range(3)
+            ]
+            epsilon = RELATIVE_EPSILON * deviation(clouds(size, 3, torch.float32))
+            uniform = [x.new_full(x.shape[:2], 1 / size) for x in points]
+            call = partial(multi_marginal_sinkhorn, costs(points), uniform, epsilon, tolerance=1e-3)
+            times = harness.alternate({"multialign": call}, repetitions=7)["multialign"]
+            print(f"B = {count}, K = {size}: {1e3 * count / min(times):,.0f} problems a second")
+            rows.append(
+                Row(
+                    case="a batch of three marginals, float32 to 1e-3, one thread",
+                    size=f"B = {count}, K = {size}",
+                    provider="multialign",
+                    **harness.quantiles(times),
+                    peak_mib=math.nan,
+                    error=math.nan,
+                )
+            )
     return rows
 
 
@@ -319,7 +390,7 @@ def main() -> None:
     """Measure, print the rows and write them."""
     torch.set_num_threads(1)
     rows = []
-    for part in (against_ott, large_problems, small_epsilon, two_marginals):
+    for part in (against_ott, core_calls, large_problems, small_epsilon, two_marginals):
         for row in part():
             harness.show(row)
             rows.append(row)

@@ -30,6 +30,11 @@ class Solved:
     """Whether some marginal has no mass, so that its costs count nothing."""
 
     @property
+    def scalars(self) -> Tensor:
+        """Values, transport costs and errors, `(3 B,)`."""
+        return self.numbers[: 3 * len(self.iterations)]
+
+    @property
     def value(self) -> Tensor:
         """`(B,)`."""
         return self._part(0, ())

@@ -95,12 +95,14 @@ class _DirectSolution(TransportSolution):
     ) -> None:
         self._arguments, self._solved, self._dtype = arguments, solved, dtype
         self._form, self._attached = "auto", None
-        self._fixed = solved.potentials
         batch = arguments.batch
         self.iterations = solved.iterations.view(batch)
-        error = solved.error.view(batch)
-        self.error, self.converged = error.to(dtype), error <= tolerance
-        self.value = self._convert(solved.value)
+        value, _, error = solved.scalars.view(3, *batch).unbind(0)
+        self.value, self.error, self.converged = (
+            value.to(dtype),
+            error.to(dtype),
+            error <= tolerance,
+        )
         if self._is_recorded():
             self.value = _Value.apply(solved, self._edges, self.value, *self._inputs)
 
@@ -109,6 +111,10 @@ class _DirectSolution(TransportSolution):
         # Whoever reads it first, it is kept for a reading with gradient.
         with torch.inference_mode(False), torch.enable_grad():
             return prepare(self._arguments, self._dtype)
+
+    @property
+    def _fixed(self) -> Tensor:  # type: ignore[override]
+        return self._solved.potentials
 
     @property
     def _inputs(self) -> list[Tensor]:

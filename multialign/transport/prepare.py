@@ -59,11 +59,12 @@ def check_arguments(
     """Check the arguments of `multi_marginal_sinkhorn`; `relaxation` is `marginal_relaxation`."""
     weights = _check_marginals(marginals)
     tables = _check_costs(costs, weights)
-    labels = [
-        *(f"costs[{scope}]" if isinstance(costs, Mapping) else "costs" for scope in tables),
-        *(f"marginals[{p}]" for p in range(len(weights))),
-    ]
-    check_alike("costs and marginals", [*tables.values(), *weights], labels)
+    tensors, first = [*tables.values(), *weights], weights[0]
+    if any(x.dtype != first.dtype or x.device != first.device for x in tensors):
+        named = isinstance(costs, Mapping)
+        labels = [f"costs[{scope}]" if named else "costs" for scope in tables]
+        labels += [f"marginals[{p}]" for p in range(len(weights))]
+        check_alike("costs and marginals", tensors, labels)
     epsilon = _check_epsilon(epsilon, weights[0].device)
     batch = _common_batch(tables, weights, epsilon)
     for scope in tables:
@@ -236,11 +237,14 @@ def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
 def _common_batch(
     tables: Mapping[Scope, Tensor], weights: Sequence[Tensor], epsilon: Tensor
 ) -> torch.Size:
-    shapes = {f"costs[{scope}]": t.shape[: t.ndim - len(scope)] for scope, t in tables.items()}
-    shapes |= {f"marginals[{p}]": weight.shape[:-1] for p, weight in enumerate(weights)}
-    shapes["epsilon"] = epsilon.shape
-    if len(set(shapes.values())) == 1:
+    batches = [t.shape[: t.ndim - len(scope)] for scope, t in tables.items()]
+    batches += [weight.shape[:-1] for weight in weights]
+    if all(batch == epsilon.shape for batch in batches):
         return epsilon.shape
+    names = [f"costs[{scope}]" for scope in tables] + [
+        f"marginals[{p}]" for p in range(len(weights))
+    ]
+    shapes = dict(zip([*names, "epsilon"], [*batches, epsilon.shape], strict=True))
     # torch.broadcast_shapes would import sympy, which takes a second.
     axes = zip_longest(*[reversed(shape) for shape in shapes.values()], fillvalue=1)
     sizes = [[size for size in axis if size != 1] or [1] for axis in axes]
