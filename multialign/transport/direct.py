@@ -67,10 +67,11 @@ def solve_directly(
     marginals = [whole(marginal, 1) for marginal in marginals]
     epsilon = whole(epsilon, 0)
     tolerance = default_tolerance(dtype) if options.tolerance is None else options.tolerance
+    other = None
     if candidate is not None:
+        joined = torch.cat([f.detach().double() for f in candidate], -1)
         # An absent atom has no potential.
-        joined = torch.cat([f.detach().double() for f in candidate], -1).nan_to_num(neginf=0.0)
-        candidate = [joined.reshape(batch.numel(), -1).contiguous()]
+        other = joined.nan_to_num(neginf=0.0).reshape(batch.numel(), -1).contiguous()
     solved = solve_whole(
         costs,
         marginals,
@@ -79,7 +80,7 @@ def solve_directly(
         options.max_iterations,
         by_sweeps=options.method == "sinkhorn",
         symmetric=symmetric,
-        candidate=None if candidate is None else candidate[0],
+        candidate=other,
     )
     if solved is None:
         return None
@@ -98,11 +99,8 @@ class _DirectSolution(TransportSolution):
         batch = arguments.batch
         self.iterations = solved.iterations.view(batch)
         value, _, error = solved.scalars.view(3, *batch).unbind(0)
-        self.value, self.error, self.converged = (
-            value.to(dtype),
-            error.to(dtype),
-            error <= tolerance,
-        )
+        self.value, self.error = value.to(dtype), error.to(dtype)
+        self.converged = error <= tolerance
         if self._is_recorded():
             self.value = _Value.apply(solved, self._edges, self.value, *self._inputs)
 

@@ -1,7 +1,7 @@
 /* The compiled core: see core.h. Each header holds static functions and those it exports. */
 #include "core.h"
 #include "exp.h"
-#include "transport.h"
+#include "gradients.h"
 #include "log.h"
 #include "mixture.h"
 #include "prototypes.h"

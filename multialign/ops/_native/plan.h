@@ -27,6 +27,8 @@ typedef struct {
 /* What is summed of products of this size may be dropped (see ExponentRange). */
 static const double LOSS = 1e-14;
 static const double LOG_MAX = 709.0, LOG_MIN = -708.0;
+/* The variables of each pair of three. */
+static const int ENDS[3][2] = {{0, 1}, {0, 2}, {1, 2}};
 /* As many entries may be held. */
 static const size_t MOST_ENTRIES = (size_t)1 << 22;
 
@@ -75,12 +77,11 @@ static int make_dense(Plan *plan)
 static int make_triangle(Plan *plan, Arena *arena)
 {
     const Problem *problem = plan->problem;
-    static const int ends[3][2] = {{0, 1}, {0, 2}, {1, 2}};
     double entries = 0;
     plan->is_triangle = 1;
     size_t largest = 0;
     for (int e = 0; e < 3; e++) {
-        const int p = ends[e][0], q = ends[e][1];
+        const int p = ENDS[e][0], q = ENDS[e][1];
         const size_t one = (size_t)problem->stride[p] * problem->stride[q];
         plan->factor[e] = take(arena, one);
         plan->turned[e] = take(arena, one);
@@ -124,10 +125,9 @@ static void transpose(const double *restrict a, int rows, int columns, int strid
 static void fill_factors(Plan *plan, const double *x, double epsilon)
 {
     const Problem *problem = plan->problem;
-    static const int ends[3][2] = {{0, 1}, {0, 2}, {1, 2}};
     const double rate = 1 / epsilon, floor = plan->floor;
     for (int e = 0; e < 3; e++) {
-        const int p = ends[e][0], q = ends[e][1], width = problem->stride[q];
+        const int p = ENDS[e][0], q = ENDS[e][1], width = problem->stride[q];
         const double *cost = problem->cost[e];
         const double *restrict across = x + problem->first[q];
         for (int i = 0; i < problem->size[p]; i++) {
@@ -177,15 +177,13 @@ static void other_factors(Plan *plan, int e, const double *scale, double *out)
     multiply(rows, inner, problem->stride[through[e][2]], left, stride, right, out);
 }
 
-/* Marginals of single variables, from those of pairs. */
-static void read_singles(Plan *plan)
+/* Write the marginals of single variables, given those of pairs. */
+static void read_singles(const Problem *problem, double *const *pairs, double *m)
 {
-    const Problem *problem = plan->problem;
     const int width = problem->stride[1];
-    double *m = plan->marginals;
     memset(m, 0, problem->first[problem->count] * sizeof(double));
     for (int i = 0; i < problem->size[0]; i++) {
-        const double *row = plan->pairs[0] + (size_t)i * width;
+        const double *row = pairs[0] + (size_t)i * width;
         double sum = 0;
         SIMD_SUM(sum) for (int j = 0; j < width; j++)
             sum += row[j];
@@ -195,7 +193,7 @@ static void read_singles(Plan *plan)
         double *restrict out = m + problem->first[q];
         for (int i = 0; i < problem->size[0]; i++) {
             const double *restrict row =
-                plan->pairs[pair_of(problem, 0, q)] + (size_t)i * problem->stride[q];
+                pairs[pair_of(problem, 0, q)] + (size_t)i * problem->stride[q];
             SIMD for (int j = 0; j < problem->stride[q]; j++)
                 out[j] += row[j];
         }
@@ -241,7 +239,7 @@ static int evaluate_triangle(Plan *plan, const double *x, double epsilon)
     if (!(largest <= plan->trusted * total && total > 0 && total < INFINITY)) return 0;
     plan->log_total = log(total) - 3 * plan->raised;
     divide_pairs(plan, total);
-    read_singles(plan);
+    read_singles(problem, plan->pairs, plan->marginals);
     return 1;
 }
 
@@ -271,31 +269,27 @@ static double fill_entries(Plan *plan, const double *x, double epsilon)
     return top;
 }
 
-/* Add the entries to the marginals of pairs; return their sum. */
-static double sum_pairs(Plan *plan)
+/* Write the marginals of pairs of a table over all variables; return the sum of its entries. */
+static double sum_pairs(const Problem *problem, const double *entries, double *const *pairs)
 {
-    const Problem *problem = plan->problem;
     const int last = problem->count - 1, width = problem->stride[last];
     const size_t rows = rows_of(problem);
     int atoms[MAX_VARIABLES] = {0};
     double total = 0;
     for (int p = 0; p < last; p++)
         for (int q = p + 1; q <= last; q++)
-            memset(plan->pairs[pair_of(problem, p, q)], 0,
-                   table_size(problem, p, q) * sizeof(double));
+            memset(pairs[pair_of(problem, p, q)], 0, table_size(problem, p, q) * sizeof(double));
     for (size_t r = 0; r < rows; r++, next_row(problem, atoms)) {
-        const double *restrict row = plan->entries + r * width;
+        const double *restrict row = entries + r * width;
         double sum = 0;
         SIMD_SUM(sum) for (int j = 0; j < width; j++)
             sum += row[j];
         for (int p = 0; p < last; p++) {
-            double *restrict out =
-                plan->pairs[pair_of(problem, p, last)] + (size_t)atoms[p] * width;
+            double *restrict out = pairs[pair_of(problem, p, last)] + (size_t)atoms[p] * width;
             SIMD for (int j = 0; j < width; j++)
                 out[j] += row[j];
             for (int q = p + 1; q < last; q++)
-                plan->pairs[pair_of(problem, p, q)][atoms[p] * problem->stride[q] + atoms[q]] +=
-                    sum;
+                pairs[pair_of(problem, p, q)][atoms[p] * problem->stride[q] + atoms[q]] += sum;
         }
         total += sum;
     }
@@ -310,13 +304,13 @@ static int evaluate_dense(Plan *plan, const double *x, double epsilon)
     double *restrict entry = plan->entries;
     SIMD for (size_t n = 0; n < entries; n++)
         entry[n] = exp_of(entry[n] - top);
-    const double total = sum_pairs(plan);
+    const double total = sum_pairs(problem, entry, plan->pairs);
     plan->log_total = log(total) + top;
     const double share = 1 / total;
     SIMD for (size_t n = 0; n < entries; n++)
         entry[n] *= share;
     divide_pairs(plan, total);
-    read_singles(plan);
+    read_singles(problem, plan->pairs, plan->marginals);
     return 1;
 }
 

@@ -37,7 +37,7 @@ BLANK = 4
 
 
 class _Call(ctypes.Structure):
-    """`Call` of transport.h."""
+    """`Call` of arguments.h."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
@@ -68,7 +68,7 @@ class _Call(ctypes.Structure):
 
 
 class _Weights(ctypes.Structure):
-    """`Weights` of transport.h."""
+    """`Weights` of gradients.h."""
 
     _fields_ = [
         ("pairs", _Pairs),
@@ -119,7 +119,7 @@ def solve(
     candidate: Tensor | None = None,
     prepared: bool = False,
 ) -> int:
-    """Solve a batch of problems; see `Call` in transport.h.
+    """Solve a batch of problems; see `Call` in arguments.h.
 
     All tensors are contiguous, with the batch first. Returns the largest status.
     """
