@@ -346,7 +346,8 @@ def _solve_at_once(
         return None
     form = make_form(problem, torch.float64, "torch")
     iterate = finish(problem, form, form.at(problem.epsilon), *found)
-    unsolved = ~(iterate.error <= tolerance) & (iterate.iterations < max_iterations)
+    more = (iterate.iterations < max_iterations) | ~iterate.error.isfinite()
+    unsolved = ~(iterate.error <= tolerance) & more
     return None if bool(unsolved.any()) else iterate
 
 
