@@ -35,7 +35,7 @@ from torch import Tensor
 
 import multialign
 from multialign import mmd_loss, multi_marginal_sinkhorn
-from multialign.ops import _triton, gaussian
+from multialign.ops import _triton, kernel_sums
 
 COLUMNS = [
     "case", "size", "provider", "milliseconds", "low", "high", "ratio", "peak_mib", "error",
@@ -501,12 +501,12 @@ def two_marginals(table: Table, device: str, size: int) -> None:
 
 def without_kernels(function: Callable[[], Any]) -> Any:
     """Call a function with the Gaussian forms in torch, as if triton were missing."""
-    chosen = gaussian.choose_backend
-    gaussian.choose_backend = lambda backend, tensor: "torch"
+    chosen = kernel_sums.choose_backend
+    kernel_sums.choose_backend = lambda backend, tensor: "torch"
     try:
         return function()
     finally:
-        gaussian.choose_backend = chosen
+        kernel_sums.choose_backend = chosen
 
 
 def mmd(table: Table, device: str, sizes: Iterable[int], product: float | None) -> None:

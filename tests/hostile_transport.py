@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linprog
 
@@ -205,7 +206,9 @@ def is_feasible(problem: Problem) -> torch.Tensor:
                 rows.append(torch.nn.functional.one_hot(atoms, sizes[p]).T)
         count = int(allowed.sum())
         if rows and count:
-            program = linprog(torch.zeros(count), None, None, torch.cat(rows), torch.cat(wanted))
+            program = linprog(
+                np.zeros(count), A_eq=torch.cat(rows).numpy(), b_eq=torch.cat(wanted).numpy()
+            )
             feasible[index] &= program.status == 0
         elif rows:
             feasible[index] = False

@@ -79,8 +79,15 @@ def test_gaussian_form(n, m, dim, sigmas):
 
 def test_choosing_a_backend(monkeypatch):
     x = torch.ones(2, device="cpu")
-    assert choose_backend("auto", x) == choose_backend("torch", x) == "torch"
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'triton'; got 1"):
+    assert choose_backend("torch", x) == "torch"
+    for core, chosen in ((True, "native"), (False, "torch")):
+        monkeypatch.setattr(backend, "_HAS_CORE", core)
+        assert choose_backend("auto", x) == chosen
+    with pytest.raises(RuntimeError, match="the compiled core, which was not built here"):
+        choose_backend("native", x)
+    with pytest.raises(RuntimeError, match="needs CPU tensors; got one on meta"):
+        choose_backend("native", x.to("meta"))
+    with pytest.raises(ValueError, match="one of 'auto', 'torch', 'native', 'triton'; got 1"):
         choose_backend(1, x)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_VERSION", None)

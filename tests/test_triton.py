@@ -470,7 +470,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(choose, "_VECTOR_WORK", 0)
     monkeypatch.setattr(choose, "_TABLE_ENTRIES", 0)
     monkeypatch.setattr(choose, "_LARGE_ENTRIES", 0)
-    monkeypatch.setattr(solver, "solve_small", lambda *args: None)
+    monkeypatch.setattr(solver, "solve_small", lambda *args, **options: None)
     names = []
 
     def remembered(name, kernel):

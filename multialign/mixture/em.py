@@ -67,7 +67,7 @@ def fit_standard(
             Parameters(*(a + (b - b.detach()) for a, b in zip(before, after, strict=True))),
             before,
         )
-        after, _ = _iterate(data, moved, options, 1, 0.0)
+        after, _ = _iterate(data, moved, options, 1, None)
     return after, ended
 
 
@@ -87,7 +87,7 @@ def fit_with_posterior(
         return em_by_moments(data, start, options, iterations=iterations, posterior=True)[:2]
     if options.differentiate == "unroll":
         em = _choose(data, start, options)
-        fitted, joint = em.end(_loop(em, data, options, options.em_iterations, 0.0)[0])
+        fitted, joint = em.end(_loop(em, data, options, options.em_iterations, None)[0])
         return fitted, _moments(data, joint, options)
     with torch.set_grad_enabled(options.grad):
         fitted, _ = fit_standard(data, start, options)

@@ -3,7 +3,12 @@
 from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
 from multialign.ops.kernel_sums import energy_form, gaussian_form, gaussian_matvec
 from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
-from multialign.ops.operators import operator, register_batched_vmap, register_fake
+from multialign.ops.operators import (
+    apply_function,
+    operator,
+    register_batched_vmap,
+    register_fake,
+)
 from multialign.ops.products import (
     LogProduct,
     StreamedProduct,
@@ -24,6 +29,7 @@ __all__ = [
     "LogProduct",
     "Solved",
     "StreamedProduct",
+    "apply_function",
     "choose_backend",
     "core_fits",
     "energy_form",

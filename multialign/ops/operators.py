@@ -108,8 +108,19 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     """Return `function.apply(*arguments)`.
 
     torch's own inspects the signature of each call for defaults, which takes longer than a small
-    fit. That serves torch.func's transforms alone, and a compiler.
+    fit. That serves torch.func's transforms alone, and a compiler. Where no argument requires a
+    gradient, torch.compile calls `forward` itself, and gives it a context as first argument if the
+    arguments are more than the parameters; and it takes no tensor twice.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return function.forward(*arguments)
+        apart: list[Any] = []
+        for x in arguments:
+            twice = isinstance(x, Tensor) and any(x is other for other in apart)
+            apart.append(x.view_as(x) if twice else x)
+        return function.apply(*apart)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

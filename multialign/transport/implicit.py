@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multialign.ops import logsumexp, operator, register_batched_vmap, register_fake
+from multialign.ops import (
+    apply_function,
+    logsumexp,
+    operator,
+    register_batched_vmap,
+    register_fake,
+)
 from multialign.transport.dual import conjugate, relaxed_marginals
 from multialign.transport.elimination import (
     Edge,
@@ -67,7 +73,7 @@ def dual_value(problem: Problem, potentials: Tensor, form: FormName) -> Tensor:
     """
     costs, scopes, marginals, *rest = problem.flatten()
     forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
-    value: Tensor = _apply(
+    value: Tensor = apply_function(
         _DualValue,
         form,
         forbids,
@@ -100,7 +106,7 @@ def read_marginals(
         plan = _joined(unaries, pairs, problem).exp()
         gone = [axes_without(scope, len(everything)) for scope in scopes]
         return [plan.sum(axes) if axes else plan for axes in gone]
-    log_sum, *tables = _apply(
+    log_sum, *tables = apply_function(
         _Marginals, _flat(list(pairs)), _flat(scopes), *unaries, *pairs.values()
     )
     # The tables are divided by the plan's sum; the gradient of the sum is part of theirs.
@@ -124,7 +130,7 @@ def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) 
     """Solve with minus the Hessian of D at these potentials; the gradient is that of `right`."""
     costs, scopes, marginals, *rest = problem.flatten()
     forbids, relaxed = bool(problem.forbidden), list(problem.relaxed)
-    solution: Tensor = _apply(
+    solution: Tensor = apply_function(
         _Solve,
         form,
         forbids,
@@ -138,19 +144,6 @@ def _solve(problem: Problem, potentials: Tensor, right: Tensor, form: FormName) 
         *marginals,
     )
     return solution
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Return ``function.apply(*arguments)``.
-
-    Where no argument requires a gradient, torch.compile calls `forward` itself, and gives it a
-    context as first argument if the arguments are more than the parameters. So it is called here.
-    """
-    if torch.compiler.is_compiling():
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-            return function.forward(*arguments)
-    return function.apply(*arguments)
 
 
 def _is_whole(problem: Problem, form: FormName) -> bool:
