@@ -71,8 +71,10 @@ def draw_problem(seed: int) -> Problem:
         epsilon = torch.full(recipe["batch"], epsilon, dtype=torch.float64).requires_grad_()
     rho: float | list[float | None] | None = None
     if rng.random() < 0.4:
-        # Beyond a million epsilon, a potential of the size of rho leaves few digits to the plan.
-        most = recipe["unit"] * recipe["epsilon"] * 1e6
+        # Beyond a million epsilon, a potential of the size of rho leaves few digits to the plan;
+        # where pairs are forbidden, so does a potential that pays for what cannot be reached.
+        reach = 1e3 if "forbidden" in recipe["cost"] else 1e6
+        most = recipe["unit"] * recipe["epsilon"] * reach
         drawn = [min(recipe["unit"] * 10.0 ** rng.randint(-6, 8), most) for _ in range(count)]
         numbers = [drawn[0], *(rng.choice([None, number]) for number in drawn[1:])]
         rho = rng.choice([numbers, drawn[0]])
@@ -201,6 +203,9 @@ def is_feasible(problem: Problem) -> torch.Tensor:
                 feasible[index] = False
             if hard[p]:
                 total = mass[index].double().sum()
+                # The program is solved to 1e-7: it does not see smaller masses.
+                if bool((mass[index] < 1e-5 * total)[mass[index] > 0].any()):
+                    feasible[index] = False
                 wanted.append(mass[index].double() / total.clamp_min(1e-300))
                 atoms = allowed.nonzero()[:, p]
                 rows.append(torch.nn.functional.one_hot(atoms, sizes[p]).T)

@@ -336,7 +336,7 @@ VARIANTS = {
     # state.
     "sinkhorn sweeps": replace(
         _sinkhorn_chain,
-        options={"graph": "cycle", "method": "sinkhorn"},
+        options={"graph": "cycle", "method": "sinkhorn", "backend": "torch"},
         permutes=False,
         pads=False,
         zero=False,
