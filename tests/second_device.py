@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from multialign.ops import multiplies_float64_fast
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 __all__ = ["DEVICE", "DeviceTensor", "Traffic", "on_device", "second_device", "to_host"]
@@ -152,12 +154,12 @@ def second_device(*, float64: bool = True) -> Iterator[Traffic]:
         stack.callback(globals().update, _traffic=before)
         stack.enter_context(patch.object(torch, "tensor", _tensor))
         stack.enter_context(patch.object(torch, "autocast", _autocast))
+        # The device is a card with fast float64.
+        stack.enter_context(_replaced("multiplies_float64_fast", multiplies_float64_fast, _yes))
         if find_spec("triton"):
             from multialign.ops._triton.launch import launch
 
-            for module in list(sys.modules.values()):
-                if getattr(module, "launch", None) is launch:
-                    stack.enter_context(patch.object(module, "launch", _launch))
+            stack.enter_context(_replaced("launch", launch, _launch))
         lifts = torch._C._only_lift_cpu_tensors()
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
         torch._C._set_only_lift_cpu_tensors(True)
@@ -166,6 +168,20 @@ def second_device(*, float64: bool = True) -> Iterator[Traffic]:
 
 
 _host_tensor, _host_autocast = torch.tensor, torch.autocast
+
+
+@contextmanager
+def _replaced(name: str, function: Any, other: Any) -> Iterator[None]:
+    """Replace a function of multialign wherever it was imported."""
+    with ExitStack() as stack:
+        for module in list(sys.modules.values()):
+            if getattr(module, name, None) is function:
+                stack.enter_context(patch.object(module, name, other))
+        yield
+
+
+def _yes(device: torch.device) -> bool:
+    return True
 
 
 def _tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:

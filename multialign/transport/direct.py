@@ -97,7 +97,7 @@ class _DirectSolution(TransportSolution):
         batch = arguments.batch
         self.iterations = solved.iterations.view(batch)
         error = solved.error.view(batch)
-        self.error, self.converged = error.to(dtype), error <= tolerance
+        self.error, self._converged = error.to(dtype), error <= tolerance
         self.value = self._convert(solved.value)
         if self._is_recorded():
             self.value = _Value.apply(solved, self._edges, self.value, *self._inputs)

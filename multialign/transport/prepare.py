@@ -226,7 +226,7 @@ def _is_edge(key: Any, count: int) -> bool:
 def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(epsilon, Tensor):
         number = check_positive("epsilon", epsilon)
-        return torch.tensor(number, dtype=torch.float64, device=device)
+        return torch.full((), number, dtype=torch.float64, device=device)  # no copy to wait for
     check_tensor("epsilon", epsilon, "(*batch)", 0)
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on the marginals' device {device}; got {epsilon.device}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from multialign.ops import (
     register_fake,
     solve_small,
 )
+from multialign.transport.convergence import ConvergenceWarning, warn_unless_converged
 from multialign.transport.direct import solve_directly
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.implicit import log_total
@@ -30,10 +30,6 @@ from multialign.transport.sinkhorn import Iterate, finish, sinkhorn
 from multialign.transport.solution import TransportSolution
 
 __all__ = ["ConvergenceWarning", "multi_marginal_sinkhorn", "solve", "solve_problem"]
-
-
-class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped at its largest number of iterations."""
 
 
 def multi_marginal_sinkhorn(
@@ -265,20 +261,15 @@ def _solve(
     iterate = Iterate(
         iterate.potentials.repeat(1, count), iterate.iterations.clone(), count * iterate.error
     )
+    if tolerance == 0 or epsilon.device.type != "cpu":  # there `converged` warns when it is read
+        return iterate
     stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
     if forbids:
         # Where nothing allowed meets the marginals the error may be NaN; so it is for NaN input.
         inputs = [*problem.costs.values(), *problem.marginals, epsilon.unsqueeze(-1)]
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in inputs]).all(0)
         stopped = stopped | (finite & ~iterate.error.isfinite())
-    if bool(stopped.any()):
-        warnings.warn(
-            f"{int(stopped.sum())} of {stopped.numel()} transport problems did not reach "
-            f"tolerance {tolerance:g} in {int(iterate.iterations[stopped].max())} iterations; "
-            f"largest error {float(iterate.error[stopped].max()):.2g}",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    warn_unless_converged(stopped, iterate.error, iterate.iterations, tolerance)
     return iterate.potentials, iterate.iterations, iterate.error
 
 
