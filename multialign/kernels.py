@@ -173,7 +173,7 @@ def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:
         return [median_distance(samples.features, samples.masses)[..., None, None]]
     values = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
     # One that a user gives is a number of the dtype's range.
-    return [samples.features[0].new_tensor(float(value)).view(1, 1) for value in values]
+    return [samples.features[0].new_full((1, 1), float(value)) for value in values]
 
 
 def _deviation(samples: Samples) -> Tensor:

@@ -181,7 +181,8 @@ class AppliedHessian:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
         fits = len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
         direct = DenseHessian(self._scaling, self._build)
-        if fits and self._scaling.slow:
+        # On an accelerator a factor takes less time than the launches of so many steps.
+        if fits and (self._scaling.slow or right.device.type != "cpu"):
             return direct.solve(right, damping, tolerance, steps)
         solution, solved = self._iterate(
             right, damping, tolerance, min(steps, self._trial) if fits else steps

@@ -83,8 +83,13 @@ def make_problem(
     return prepare(check_arguments(costs, marginals, epsilon, relaxation), dtype)
 
 
-def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
-    """Put arguments in order; `dtype` is that of the results, None: that of the marginals."""
+def prepare(
+    arguments: Arguments, dtype: torch.dtype | None = None, *, reads: bool = True
+) -> Problem:
+    """Put arguments in order; `dtype` is that of the results, None: that of the marginals.
+
+    Without `reads` no value is read, and no cost may be infinite.
+    """
     tables, weights, epsilon, batch, rho = arguments
 
     def flat(x: Tensor, dims: int) -> Tensor:
@@ -103,7 +108,7 @@ def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
     if len(relaxed) == len(rho):
         groups = _cap(groups, flat_epsilon + sum(rho[p] or 0.0 for p in relaxed))
     forbidden: Mapping[Scope, Tensor] = {}
-    extreme = is_extreme([group.costs for group in groups], flat_epsilon)
+    extreme = reads and is_extreme([group.costs for group in groups], flat_epsilon)
     if extreme and not relaxed:
         tables = _by_scope(groups)
         centred, offsets, deviation, forbidden = absorb(tables, normalised, flat_epsilon)

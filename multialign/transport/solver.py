@@ -73,7 +73,9 @@ def multi_marginal_sinkhorn(
             as given, not normalised; those with hard constraints must have equal mass. The entropy
             term is then :math:`\epsilon (\sum T \log T - \sum T + 1)`.
         tolerance: Largest L1 distance of the plan's marginals from those wanted, summed over them.
-            None: 1e-6 in float64 and 1e-4 in float32.
+            None: 1e-6 in float64 and 1e-4 in float32. 0: `max_iterations` sweeps as they are, after
+            which nothing is read and nobody warned, as a CUDA graph needs it; costs must then be
+            finite.
         max_iterations: Where it stops without convergence.
         method: "sinkhorn" sweeps over the marginals; "newton", which is what "auto" takes, begins
             with sweeps as long as these pay, follows the solution down in :math:`\epsilon` by
@@ -139,12 +141,17 @@ def solve(
     """
     if dtype is None:
         dtype = arguments.marginals[0].dtype
-    found = solve_directly(arguments, options, dtype, symmetric=symmetric, candidate=candidate)
+    found = None
+    if options.tolerance != 0:
+        found = solve_directly(arguments, options, dtype, symmetric=symmetric, candidate=candidate)
     if found is not None:
         return found
     with full_precision(arguments.epsilon):
         return solve_problem(
-            prepare(arguments, dtype), options, symmetric=symmetric, candidate=candidate
+            prepare(arguments, dtype, reads=options.tolerance != 0),
+            options,
+            symmetric=symmetric,
+            candidate=candidate,
         )
 
 
@@ -174,7 +181,7 @@ def solve_problem(
         iterate = Iterate(
             *_solve(
                 *problem.detach().flatten(),
-                "sinkhorn" if options.method == "sinkhorn" else "newton",
+                "sinkhorn" if options.method == "sinkhorn" or tolerance == 0 else "newton",
                 problem.dtype == torch.float32,
                 tolerance,
                 options.max_iterations,
@@ -242,13 +249,15 @@ def _solve(
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        if form == "auto":
+        if form == "auto" and tolerance > 0:
             iterate = _solve_at_once(
                 problem, method, tolerance, max_iterations, single, backend, symmetric
             )
         if iterate is None:
             backend = "torch" if backend == "native" else backend
-            if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
+            if tolerance == 0 and form == "auto":
+                form = "pairwise"  # which reads nothing
+            elif symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
                 problem = problem.folded()
             level = tolerance / problem.copies
             if method == "newton":
