@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multialign._distributed import GroupModule, ProcessGroup, Ranks
-from multialign._samples import Samples, make_samples
+from multialign._samples import Samples, can_stack, make_samples
 from multialign._validation import (
     check_choice,
     check_entries,
@@ -95,8 +95,7 @@ def gaussian_moment_loss(
         batch_dims = samples.present.ndim - 1
         loss = samples.present.new_zeros(())
         for values in statistics.values():
-            stacked = torch.stack(values).flatten(1 + batch_dims)
-            spread = _pairwise_spread(stacked, samples.present.unsqueeze(-1))
+            spread = _pairwise_spread(values.flatten(1 + batch_dims), samples.present.unsqueeze(-1))
             loss = loss + (spread.mean(-1) if feature_reduction == "mean" else spread.sum(-1))
         pairs = len(samples.features) * (len(samples.features) - 1)
         return loss.mean() / pairs
@@ -165,16 +164,21 @@ class GaussianMomentLoss(GroupModule):
 
 def _moments(
     samples: Samples, moments: Sequence[str], eps: float, ranks: Ranks
-) -> dict[str, list[Tensor]]:
-    """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
+) -> dict[str, Tensor]:
+    """Return the chosen moments of all modalities, `(M, *batch, D)` or `(M, *batch, D, D)`.
 
     Each sum over the ranks needs the one before it: mean and covariance cost a collective each, the
     skewness two more, or three without the covariance.
     """
-    origins = samples.origins.unbind(0)
+    features, masses = samples.features, samples.masses
+    origins: Sequence[Tensor] = samples.origins.unbind(0)
+    together = ranks.group is None and can_stack(features)
+    if together:
+        features, masses = [torch.stack(features)], [torch.stack(masses)]
+        origins = [samples.origins]
     sums = [
         _Sums(x, None if samples.complete else mass, origin)
-        for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
+        for x, mass, origin in zip(features, masses, origins, strict=True)
     ]
     zeros = [torch.zeros_like(origin) for origin in origins]
     steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
@@ -184,14 +188,14 @@ def _moments(
         # gradient, would leave the range of float32.
         extents = ranks.sum([s.extent() for s in sums])
         units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
-    parts = list(zip(sums, steps, units, strict=True))
+    groups = list(zip(sums, steps, units, strict=True))
     result = {}
     if "mean" in moments:
         result["mean"] = [
             (origin + step).squeeze(-2) for origin, step in zip(origins, steps, strict=True)
         ]
     if "covariance" in moments:
-        scaled = ranks.sum([s.products(step, unit) for s, step, unit in parts])
+        scaled = ranks.sum([s.products(step, unit) for s, step, unit in groups])
         result["covariance"] = [
             c if unit is None else unit.mT * c * unit for c, unit in zip(scaled, units, strict=True)
         ]
@@ -199,16 +203,16 @@ def _moments(
         if "covariance" in moments:
             variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in scaled]
         else:
-            variances = ranks.sum([s.over(step, torch.square, unit) for s, step, unit in parts])
+            variances = ranks.sum([s.over(step, torch.square, unit) for s, step, unit in groups])
         cubes = []
-        for (s, step, unit), variance in zip(parts, variances, strict=True):
+        for (s, step, unit), variance in zip(groups, variances, strict=True):
             assert unit is not None
             constant = variance == 0  # where the gradient of sqrt is infinite
             # Divided before the cube: a third moment may leave the range of float32 as well.
             width = torch.where(constant, 1.0, variance).sqrt() + eps / unit
             cubes.append(s.over(step, partial(_cube, width=width), unit).squeeze(-2))
         result["skewness"] = ranks.sum(cubes)
-    return result
+    return {name: parts[0] if together else torch.stack(parts) for name, parts in result.items()}
 
 
 def _cube(deviation: Tensor, width: Tensor) -> Tensor:
