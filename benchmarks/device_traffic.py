@@ -98,6 +98,7 @@ def _count_solver(generator: torch.Generator) -> Traffic:
 
 
 def main(names: Sequence[str], *, places: bool) -> None:
+    """Count, print and, without names, record."""
     rows = []
     for name in names or [*CASES, f"solver_{ATOMS}"]:
         traffic = count(name)

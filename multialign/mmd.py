@@ -249,26 +249,26 @@ def _kernel_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return p^T K q of each modality with itself, `(M, *batch)`, and of each edge."""
     xs, ps = samples.features, samples.masses
-    entries = ps[0].numel() * ps[0].shape[-1]
-    held, count = is_held(entries), len(xs)
-    # Together, unless that would decide how a kernel matrix is computed.
-    if not can_stack(xs) or held != is_held((count + len(edges)) * entries):
+    count = len(xs)
+    if not can_stack(xs):
         within = [
             kernel_form(x, x, p, p, sigmas, distinct=distinct) for x, p in zip(xs, ps, strict=True)
         ]
         across = [kernel_form(xs[i], xs[j], ps[i], ps[j], sigmas) for i, j in edges]
         return torch.stack(within), torch.stack(across)
+    # What is true of one matrix is to be true of all.
+    held = is_held(ps[0].numel() * ps[0].shape[-1])
     own = [] if distinct or not held else [(m, m) for m in range(count)]
     x, y, p, q = (
         torch.stack([one[pair[side]] for pair in [*own, *edges]])
         for one in (xs, ps)
         for side in (0, 1)
     )
-    forms = kernel_form(x, y, p, q, sigmas)
+    forms = kernel_form(x, y, p, q, sigmas, held=held)
     if own:
         return forms[:count], forms[count:]
     x, p = torch.stack(xs), torch.stack(ps)
-    return kernel_form(x, x, p, p, sigmas, distinct=distinct), forms
+    return kernel_form(x, x, p, p, sigmas, distinct=distinct, held=held), forms
 
 
 def _random_feature_discrepancies(

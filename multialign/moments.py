@@ -93,10 +93,13 @@ def gaussian_moment_loss(
         samples = make_samples(tensors, checked, ranks)
         statistics = _moments(samples, moments, eps, ranks)
         batch_dims = samples.present.ndim - 1
-        loss = samples.present.new_zeros(())
-        for values in statistics.values():
-            spread = _pairwise_spread(values.flatten(1 + batch_dims), samples.present.unsqueeze(-1))
-            loss = loss + (spread.mean(-1) if feature_reduction == "mean" else spread.sum(-1))
+        values = [value.flatten(1 + batch_dims) for value in statistics.values()]
+        spread = _pairwise_spread(torch.cat(values, -1), samples.present.unsqueeze(-1))
+        if feature_reduction == "sum":
+            loss = spread.sum(-1)
+        else:
+            parts = spread.split([value.shape[-1] for value in values], -1)
+            loss = torch.stack([part.mean(-1) for part in parts]).sum(0)
         pairs = len(samples.features) * (len(samples.features) - 1)
         return loss.mean() / pairs
 
@@ -174,14 +177,15 @@ def _moments(
     origins: Sequence[Tensor] = samples.origins.unbind(0)
     together = ranks.group is None and can_stack(features)
     if together:
-        features, masses = [torch.stack(features)], [torch.stack(masses)]
+        features, masses = [torch.stack(features)], masses[:1]
+        if not samples.complete:
+            masses = [torch.stack(samples.masses)]
         origins = [samples.origins]
     sums = [
         _Sums(x, None if samples.complete else mass, origin)
         for x, mass, origin in zip(features, masses, origins, strict=True)
     ]
-    zeros = [torch.zeros_like(origin) for origin in origins]
-    steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
+    steps = ranks.sum([s.over(None, lambda d: d) for s in sums])
     units: list[Tensor | None] = [None] * len(sums)
     if "skewness" in moments:
         # Each feature has a unit of its own: the variance of a small one, or 1 / variance in the
@@ -241,12 +245,12 @@ class _Sums:
     def extent(self) -> Tensor:
         """Return the sum of |x - origin|, 0 for absent rows, `(*batch, 1, D)`."""
         with torch.no_grad():
-            deviations = self._deviations(torch.zeros_like(self.origin))
+            deviations = self._deviations(None)
             parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
             return sum(parts[1:], parts[0])
 
     def over(
-        self, step: Tensor, function: Callable[[Tensor], Tensor], unit: Tensor | None = None
+        self, step: Tensor | None, function: Callable[[Tensor], Tensor], unit: Tensor | None = None
     ) -> Tensor:
         """Return the mean of function((x - origin - step) / unit), `(*batch, 1, D)`."""
         parts = []
@@ -265,12 +269,14 @@ class _Sums:
         return self.share * sum(parts[1:], parts[0])
 
     def _deviations(
-        self, step: Tensor, unit: Tensor | None = None
+        self, step: Tensor | None, unit: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield (x - origin - step) / unit and the weights of each block."""
         for x, weight in zip(self.blocks, self.weights, strict=True):
             # Subtract twice: the sum of origin and step would be rounded to the data's offset.
-            deviation = x - self.origin - step
+            deviation = x - self.origin
+            if step is not None:
+                deviation = deviation - step
             if unit is not None:
                 deviation = deviation / unit
             yield deviation, weight

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from multialign import ConvergenceWarning, multi_marginal_sinkhorn
+from multialign.ops import backend, choose_backend
 from tests.losses import FUNCTIONS
 from tests.second_device import on_device, second_device, to_host
 
@@ -157,4 +158,20 @@ def test_the_emulated_device_counts():
 
 
 def test_names_are_of_the_registry():
-    assert FREE_OF_WAITS == [name for name in FUNCTIONS if name in FREE_OF_WAITS]
+    assert [name for name in FUNCTIONS if name in FREE_OF_WAITS] == FREE_OF_WAITS
+
+
+def test_torch_takes_over_where_no_kernel_can_be_built(monkeypatch, is_card):
+    def refuse(*arguments):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr("multialign.ops._triton.log_matvec", refuse)
+    backend._builds.cache_clear()
+    x = place(torch.ones(2), is_card)
+    with emulated(is_card):
+        with pytest.warns(UserWarning, match="no C compiler"):
+            assert choose_backend("auto", x) == "torch"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose_backend("auto", x) == "torch"
+    backend._builds.cache_clear()

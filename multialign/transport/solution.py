@@ -87,7 +87,7 @@ class TransportSolution:
 
     @property
     def converged(self) -> Tensor:
-        """Whether `error` is at most the tolerance, `(*batch)`; warns the first time, if not all is.
+        """Whether `error` is at most the tolerance, `(*batch)`; warns once if not all is.
 
         On the CPU the solver has warned before.
         """
