@@ -35,15 +35,62 @@ DEVICE = torch.device("meta")
 
 # What launches nothing: views, storage, and what runs on the host.
 _FREE = frozenset(
-    "view expand transpose slice select unsqueeze squeeze detach as_strided permute split "
-    "split_with_sizes unbind alias t diagonal _unsafe_view lift_fresh _reshape_alias unfold lift "
-    "view_as_real real _conj chunk movedim narrow resolve_conj resolve_neg view_as_complex imag "
-    "detach_ empty new_empty empty_like empty_strided new_empty_strided set_ resize_".split()  # noqa: SIM905
+    [
+        "view",
+        "expand",
+        "transpose",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "as_strided",
+        "permute",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "alias",
+        "t",
+        "diagonal",
+        "_unsafe_view",
+        "lift_fresh",
+        "_reshape_alias",
+        "unfold",
+        "lift",
+        "view_as_real",
+        "real",
+        "_conj",
+        "chunk",
+        "movedim",
+        "narrow",
+        "resolve_conj",
+        "resolve_neg",
+        "view_as_complex",
+        "imag",
+        "detach_",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty_strided",
+        "set_",
+        "resize_",
+    ]
 )
 # What reads values of the device, or has a result whose shape depends on them.
 _WAITS = frozenset(
-    "_local_scalar_dense nonzero _unique2 unique_dim bincount _linalg_check_errors masked_select "
-    "is_nonzero equal repeat_interleave".split()  # noqa: SIM905
+    [
+        "_local_scalar_dense",
+        "nonzero",
+        "_unique2",
+        "unique_dim",
+        "bincount",
+        "_linalg_check_errors",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "repeat_interleave",
+    ]
 )
 _INDEXES = ("index", "index_put", "index_put_")
 
