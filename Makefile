@@ -113,8 +113,8 @@ bench: $(VENV)/.installed-test $(VENV)/.installed-example $(VENV)/.installed-ben
 
 # These two run with $(PYTHON) itself and install nothing: it has torch and triton for the card in
 # hand, pytest and pytest-xdist.
-test-gpu: ## Run the tests of the CUDA kernels on a GPU, with PYTHON as it is
-	$(PYTHON) -m pytest tests/test_triton.py --device cuda -p no:cacheprovider -m "" --numprocesses 8 $(ARGS)
+test-gpu: ## Run the losses and the CUDA kernels on a GPU, with PYTHON as it is
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_triton.py --device cuda -p no:cacheprovider -m "" --numprocesses 8 $(ARGS)
 
 bench-gpu: ## Measure the CUDA kernels on a GPU and write OUT/gpu.csv, with PYTHON as it is
 	$(PYTHON) -m benchmarks.gpu $(OUT) $(ARGS)

@@ -18,6 +18,7 @@ from multialign._distributed import ALONE, Ranks
 
 __all__ = [
     "Samples",
+    "can_stack",
     "fill_absent",
     "make_samples",
     "pad_rows",
@@ -25,6 +26,9 @@ __all__ = [
     "take_rows",
     "weigh",
 ]
+
+
+_STACKED_ENTRIES = 2**16
 
 
 class Samples(NamedTuple):
@@ -104,6 +108,17 @@ def fill_absent(x: Tensor, mass: Tensor, row: Tensor) -> Tensor:
     """Return `x` with `row` `(*batch, 1, D)` in place of the rows of mass 0."""
     # torch.where, not a product: 0 * NaN is NaN, in the value and in the gradient.
     return torch.where(mass.unsqueeze(-1) == 0, row, x)
+
+
+def can_stack(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors have one shape, and one operation on their stack pays for the copy.
+
+    On a CPU it does so as long as the stack fits in the cache.
+    """
+    first = tensors[0]
+    alike = all(x.shape == first.shape for x in tensors)
+    small = first.device.type != "cpu" or len(tensors) * first.numel() <= _STACKED_ENTRIES
+    return alike and small
 
 
 def pad_rows(samples: Samples, count: int) -> Samples:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multialign._samples import fill_absent, reference_row, weigh
+from multialign._samples import can_stack, fill_absent, reference_row, weigh
 from multialign._validation import check_choice, check_tensors, check_weights, full_precision
 
 __all__ = ["CosineDecouplingLoss", "cosine_decoupling_loss"]
@@ -72,10 +72,18 @@ def cosine_decoupling_loss(
     with full_precision(us[0]):
         us, vs = [u.flatten(1) for u in us], [v.flatten(1) for v in vs]
         masses, _, _ = weigh(us, checked)
+        us, vs = (
+            [
+                x if weight is None else fill_absent(x, mass, reference_row(x, weight))
+                for x, weight, mass in zip(xs, checked, masses, strict=True)
+            ]
+            for xs in (us, vs)
+        )
+        if reduction == "mean" and can_stack(us):
+            us, vs, masses = [torch.stack(us)], [torch.stack(vs)], [torch.stack(masses)]
+            checked = [None]
         terms = []
         for u, v, weight, mass in zip(us, vs, checked, masses, strict=True):
-            if weight is not None:
-                u, v = (fill_absent(x, mass, reference_row(x, weight)) for x in (u, v))
             cosine = _cosine(u, v)
             if form == "squared":
                 cosine = cosine.square()

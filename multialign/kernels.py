@@ -106,14 +106,16 @@ def kernel_form(
     sigmas: Sequence[Tensor],
     *,
     distinct: bool = False,
+    held: bool | None = None,
 ) -> Tensor:
     """Return p^T K q, `(*batch)`, with K the kernel matrix.
 
     In float64, and from float64 sums over rows: MMD^2 is a small difference of such forms. If
     `distinct`, no sample of what is then one set is paired with itself.
+    `held` says whether K is built; None: that `is_held` decides.
     """
     batch = p.shape[:-1]
-    if not is_held(p.numel() * q.shape[-1]):
+    if not (is_held(p.numel() * q.shape[-1]) if held is None else held):
         flat = [t.reshape(-1, *t.shape[len(batch) :]) for t in (x, p)]
         # One tensor for both arguments marks the form as symmetric.
         other = flat if y is x else [t.reshape(-1, *t.shape[len(batch) :]) for t in (y, q)]
@@ -173,7 +175,7 @@ def _bandwidths(bandwidth: Bandwidth, samples: Samples) -> list[Tensor]:
         return [median_distance(samples.features, samples.masses)[..., None, None]]
     values = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth]
     # One that a user gives is a number of the dtype's range.
-    return [samples.features[0].new_tensor(float(value)).view(1, 1) for value in values]
+    return [samples.features[0].new_full((1, 1), float(value)) for value in values]
 
 
 def _deviation(samples: Samples) -> Tensor:

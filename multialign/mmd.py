@@ -13,9 +13,16 @@ from torch import Tensor
 
 from multialign._distributed import GroupModule, ProcessGroup, Ranks
 from multialign._draws import normal
-from multialign._samples import Samples, make_samples
+from multialign._samples import Samples, can_stack, make_samples
 from multialign._validation import check_choice, check_count, check_samples, full_precision
-from multialign.kernels import Bandwidth, Kernel, check_kernel, kernel_form, kernel_units
+from multialign.kernels import (
+    Bandwidth,
+    Kernel,
+    check_kernel,
+    is_held,
+    kernel_form,
+    kernel_units,
+)
 
 __all__ = ["MMDLoss", "mmd_loss"]
 
@@ -218,31 +225,50 @@ class MMDLoss(GroupModule):
 
 def _kernel_discrepancies(samples: Samples, sigmas: list[Tensor], *, unbiased: bool) -> Tensor:
     """Return the sum of MMD^2 over pairs i < j, `(*batch)`."""
+    edges = list(combinations(range(len(samples.features)), 2))
     present = samples.present
-    within = []
-    for x, mass in zip(samples.features, samples.masses, strict=True):
-        total = kernel_form(x, x, mass, mass, sigmas, distinct=unbiased)
-        if unbiased:
-            # Not 1 - sum w^2, which has no digits left where one sample has nearly all the weight.
-            pairs = 2 * (mass[..., 1:] * mass[..., :-1].double().cumsum(-1)).sum(-1)
-            several = (mass != 0).sum(-1) > 1
-            total = torch.where(several, total / torch.where(several, pairs, 1.0), 0.0)
-        within.append(total)
+    within, across = _kernel_forms(samples, edges, sigmas, distinct=unbiased)
     if unbiased:
-        counts = torch.stack([(mass != 0).sum(-1) for mass in samples.masses])
-        present = present * (counts > 1)
+        pairs, several = [], []
+        for mass in samples.masses:
+            # Not 1 - sum w^2, which has no digits left where one sample has nearly all the weight.
+            pairs.append(2 * (mass[..., 1:] * mass[..., :-1].double().cumsum(-1)).sum(-1))
+            several.append((mass != 0).sum(-1) > 1)
+        counted = torch.stack(several)
+        within = torch.where(counted, within / torch.where(counted, torch.stack(pairs), 1.0), 0.0)
+        present = present * counted
+    (here, there), (own, other) = (
+        [torch.stack([x[edge[side]] for edge in edges]) for side in (0, 1)]
+        for x in (present, within)
+    )
+    return (here * there * (own + other - 2 * across)).sum(0)
 
-    loss = samples.present.new_zeros(())
-    for i, j in combinations(range(len(within)), 2):
-        across = kernel_form(
-            samples.features[i],
-            samples.features[j],
-            samples.masses[i],
-            samples.masses[j],
-            sigmas,
-        )
-        loss = loss + present[i] * present[j] * (within[i] + within[j] - 2 * across)
-    return loss
+
+def _kernel_forms(
+    samples: Samples, edges: Sequence[tuple[int, int]], sigmas: list[Tensor], *, distinct: bool
+) -> tuple[Tensor, Tensor]:
+    """Return p^T K q of each modality with itself, `(M, *batch)`, and of each edge."""
+    xs, ps = samples.features, samples.masses
+    count = len(xs)
+    if not can_stack(xs):
+        within = [
+            kernel_form(x, x, p, p, sigmas, distinct=distinct) for x, p in zip(xs, ps, strict=True)
+        ]
+        across = [kernel_form(xs[i], xs[j], ps[i], ps[j], sigmas) for i, j in edges]
+        return torch.stack(within), torch.stack(across)
+    # What is true of one matrix is to be true of all.
+    held = is_held(ps[0].numel() * ps[0].shape[-1])
+    own = [] if distinct or not held else [(m, m) for m in range(count)]
+    x, y, p, q = (
+        torch.stack([one[pair[side]] for pair in [*own, *edges]])
+        for one in (xs, ps)
+        for side in (0, 1)
+    )
+    forms = kernel_form(x, y, p, q, sigmas, held=held)
+    if own:
+        return forms[:count], forms[count:]
+    x, p = torch.stack(xs), torch.stack(ps)
+    return kernel_form(x, x, p, p, sigmas, distinct=distinct, held=held), forms
 
 
 def _random_feature_discrepancies(

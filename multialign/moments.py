@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multialign._distributed import GroupModule, ProcessGroup, Ranks
-from multialign._samples import Samples, make_samples
+from multialign._samples import Samples, can_stack, make_samples
 from multialign._validation import (
     check_choice,
     check_entries,
@@ -93,11 +93,13 @@ def gaussian_moment_loss(
         samples = make_samples(tensors, checked, ranks)
         statistics = _moments(samples, moments, eps, ranks)
         batch_dims = samples.present.ndim - 1
-        loss = samples.present.new_zeros(())
-        for values in statistics.values():
-            stacked = torch.stack(values).flatten(1 + batch_dims)
-            spread = _pairwise_spread(stacked, samples.present.unsqueeze(-1))
-            loss = loss + (spread.mean(-1) if feature_reduction == "mean" else spread.sum(-1))
+        values = [value.flatten(1 + batch_dims) for value in statistics.values()]
+        spread = _pairwise_spread(torch.cat(values, -1), samples.present.unsqueeze(-1))
+        if feature_reduction == "sum":
+            loss = spread.sum(-1)
+        else:
+            parts = spread.split([value.shape[-1] for value in values], -1)
+            loss = torch.stack([part.mean(-1) for part in parts]).sum(0)
         pairs = len(samples.features) * (len(samples.features) - 1)
         return loss.mean() / pairs
 
@@ -165,33 +167,39 @@ class GaussianMomentLoss(GroupModule):
 
 def _moments(
     samples: Samples, moments: Sequence[str], eps: float, ranks: Ranks
-) -> dict[str, list[Tensor]]:
-    """Return the chosen moments of each modality, `(*batch, D)` or `(*batch, D, D)`.
+) -> dict[str, Tensor]:
+    """Return the chosen moments of all modalities, `(M, *batch, D)` or `(M, *batch, D, D)`.
 
     Each sum over the ranks needs the one before it: mean and covariance cost a collective each, the
     skewness two more, or three without the covariance.
     """
-    origins = samples.origins.unbind(0)
+    features, masses = samples.features, samples.masses
+    origins: Sequence[Tensor] = samples.origins.unbind(0)
+    together = ranks.group is None and can_stack(features)
+    if together:
+        features, masses = [torch.stack(features)], masses[:1]
+        if not samples.complete:
+            masses = [torch.stack(samples.masses)]
+        origins = [samples.origins]
     sums = [
         _Sums(x, None if samples.complete else mass, origin)
-        for x, mass, origin in zip(samples.features, samples.masses, origins, strict=True)
+        for x, mass, origin in zip(features, masses, origins, strict=True)
     ]
-    zeros = [torch.zeros_like(origin) for origin in origins]
-    steps = ranks.sum([s.over(zero, lambda d: d) for s, zero in zip(sums, zeros, strict=True)])
+    steps = ranks.sum([s.over(None, lambda d: d) for s in sums])
     units: list[Tensor | None] = [None] * len(sums)
     if "skewness" in moments:
         # Each feature has a unit of its own: the variance of a small one, or 1 / variance in the
         # gradient, would leave the range of float32.
         extents = ranks.sum([s.extent() for s in sums])
         units = [torch.where(extent == 0, 1.0, extent).detach() for extent in extents]
-    parts = list(zip(sums, steps, units, strict=True))
+    groups = list(zip(sums, steps, units, strict=True))
     result = {}
     if "mean" in moments:
         result["mean"] = [
             (origin + step).squeeze(-2) for origin, step in zip(origins, steps, strict=True)
         ]
     if "covariance" in moments:
-        scaled = ranks.sum([s.products(step, unit) for s, step, unit in parts])
+        scaled = ranks.sum([s.products(step, unit) for s, step, unit in groups])
         result["covariance"] = [
             c if unit is None else unit.mT * c * unit for c, unit in zip(scaled, units, strict=True)
         ]
@@ -199,16 +207,16 @@ def _moments(
         if "covariance" in moments:
             variances = [c.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for c in scaled]
         else:
-            variances = ranks.sum([s.over(step, torch.square, unit) for s, step, unit in parts])
+            variances = ranks.sum([s.over(step, torch.square, unit) for s, step, unit in groups])
         cubes = []
-        for (s, step, unit), variance in zip(parts, variances, strict=True):
+        for (s, step, unit), variance in zip(groups, variances, strict=True):
             assert unit is not None
             constant = variance == 0  # where the gradient of sqrt is infinite
             # Divided before the cube: a third moment may leave the range of float32 as well.
             width = torch.where(constant, 1.0, variance).sqrt() + eps / unit
             cubes.append(s.over(step, partial(_cube, width=width), unit).squeeze(-2))
         result["skewness"] = ranks.sum(cubes)
-    return result
+    return {name: parts[0] if together else torch.stack(parts) for name, parts in result.items()}
 
 
 def _cube(deviation: Tensor, width: Tensor) -> Tensor:
@@ -237,12 +245,12 @@ class _Sums:
     def extent(self) -> Tensor:
         """Return the sum of |x - origin|, 0 for absent rows, `(*batch, 1, D)`."""
         with torch.no_grad():
-            deviations = self._deviations(torch.zeros_like(self.origin))
+            deviations = self._deviations(None)
             parts = [deviation.abs().sum(-2, keepdim=True) for deviation, _ in deviations]
             return sum(parts[1:], parts[0])
 
     def over(
-        self, step: Tensor, function: Callable[[Tensor], Tensor], unit: Tensor | None = None
+        self, step: Tensor | None, function: Callable[[Tensor], Tensor], unit: Tensor | None = None
     ) -> Tensor:
         """Return the mean of function((x - origin - step) / unit), `(*batch, 1, D)`."""
         parts = []
@@ -261,12 +269,14 @@ class _Sums:
         return self.share * sum(parts[1:], parts[0])
 
     def _deviations(
-        self, step: Tensor, unit: Tensor | None = None
+        self, step: Tensor | None, unit: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield (x - origin - step) / unit and the weights of each block."""
         for x, weight in zip(self.blocks, self.weights, strict=True):
             # Subtract twice: the sum of origin and step would be rounded to the data's offset.
-            deviation = x - self.origin - step
+            deviation = x - self.origin
+            if step is not None:
+                deviation = deviation - step
             if unit is not None:
                 deviation = deviation / unit
             yield deviation, weight

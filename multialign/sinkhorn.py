@@ -311,7 +311,8 @@ def _self_terms(
         copies = [masses * samples.present[p].unsqueeze(-1) for p in range(count)]
         alike = check_arguments(dict.fromkeys(edges, table), copies, epsilon.reshape(batch))
         solution = solve(alike, options, dtype=torch.float64, symmetric=symmetric)
-        total = total + (solution.value * samples.present[group]).sum(0)
+        present = torch.stack([samples.present[i] for i in group])  # an index would be copied
+        total = total + (solution.value * present).sum(0)
         if symmetric:
             with torch.no_grad():
                 found = solution.potentials

@@ -776,7 +776,7 @@ def test_errors(monkeypatch):
         ),
         (
             ValueError,
-            "tolerance must be a finite number > 0; got -1",
+            "tolerance must be a finite number >= 0; got -1",
             costs,
             marginals,
             {"tolerance": -1},

@@ -1,6 +1,7 @@
 """The primitives on which all losses are built; a tensor's device chooses their implementation."""
 
 from multialign.ops.backend import BACKENDS, Backend, Implementation, choose_backend
+from multialign.ops.devices import has_float64, multiplies_float64_fast
 from multialign.ops.kernel_sums import energy_form, gaussian_form, gaussian_matvec
 from multialign.ops.mixtures import AxesFit, FitSettings, core_fits, fit_axes, pair_terms
 from multialign.ops.operators import (
@@ -37,12 +38,14 @@ __all__ = [
     "fits_whole",
     "gaussian_form",
     "gaussian_matvec",
+    "has_float64",
     "has_tangent",
     "log",
     "log_matmul_reduce",
     "log_matvec",
     "log_product",
     "logsumexp",
+    "multiplies_float64_fast",
     "operator",
     "pair_terms",
     "real",

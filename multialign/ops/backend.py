@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
@@ -49,6 +51,23 @@ _VERSION = _triton_version()
 _HAS_CORE = instruction_set() is not None
 
 
+@lru_cache
+def _builds(device: torch.device) -> bool:
+    """Return whether a kernel can be built for a device, which takes a C compiler; if not, warn."""
+    from multialign.ops import _triton
+
+    try:
+        _triton.log_matvec(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device))
+    except Exception as error:  # of whatever kind: triton, its compiler, the driver
+        warnings.warn(
+            f"no Triton kernel can be built for {device}, so torch computes everything there: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
 def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     """Return what runs on `tensor`: the named backend, or for "auto" the fastest.
 
@@ -80,7 +99,7 @@ def choose_backend(backend: Backend, tensor: Tensor) -> Implementation:
     installed = _VERSION is not None and not _is_old(_VERSION)
     runs = installed and tensor.is_cuda and tensor.dtype in _DTYPES
     if backend == "auto":
-        return "triton" if runs else "torch"
+        return "triton" if runs and _builds(tensor.device) else "torch"
     if runs:
         return "triton"
     if not installed:

@@ -43,9 +43,10 @@ def is_extreme(costs: Sequence[Tensor], epsilon: Tensor) -> bool:
     if not epsilon.numel():
         return False
     try:
-        smallest = epsilon.detach().min().item()
-        largest = [torch.linalg.vector_norm(cost.detach(), math.inf).item() for cost in costs]
-        return bool(max(largest) > _LARGEST_COST * smallest)
+        largest = [torch.linalg.vector_norm(cost.detach(), math.inf) for cost in costs]
+        # Read together: on an accelerator each reading waits.
+        smallest, *sizes = torch.stack([epsilon.detach().min(), *largest]).tolist()
+        return bool(max(sizes) > _LARGEST_COST * smallest)
     except RuntimeError:  # under torch.func.vmap, which reads no values
         return True
 

@@ -100,7 +100,7 @@ class _DirectSolution(TransportSolution):
         self.iterations = solved.iterations.view(batch)
         value, _, error = solved.scalars.view(3, *batch).unbind(0)
         self.value, self.error = value.to(dtype), error.to(dtype)
-        self.converged = error <= tolerance
+        self._converged = error <= tolerance
         if self._is_recorded():
             self.value = _Value.apply(solved, self._edges, self.value, *self._inputs)
 

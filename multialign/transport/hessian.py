@@ -31,6 +31,12 @@ __all__ = [
 # are tried.
 _FACTORED_ENTRIES = 2**24
 _TRIAL_STEPS = 40
+# On an accelerator, whether all are solved is read this seldom; a problem that is solved waits.
+_UNREAD_STEPS = 8
+
+
+# Far above the rounding that takes away a factor, and far below ones on the diagonal.
+_MORE_DAMPING = 1e-6
 
 
 class Hessian(Protocol):
@@ -142,7 +148,12 @@ class DenseHessian:
         factor, info = torch.linalg.cholesky_ex(matrix)
         scaled = (inverse * right.to(inverse.dtype)).unsqueeze(-1)
         solution = torch.cholesky_solve(scaled, factor)
-        if any(info.tolist()):
+        if inverse.device.type != "cpu":
+            # Reading `info` would wait. A factor of a matrix that is damped more takes over there.
+            matrix.diagonal(dim1=-2, dim2=-1).add_(_MORE_DAMPING)
+            other = torch.cholesky_solve(scaled, torch.linalg.cholesky_ex(matrix)[0])
+            solution = torch.where((info == 0).view(-1, 1, 1), solution, other)
+        elif any(info.tolist()):
             values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
             values = torch.maximum(values, damping.amin(-1, keepdim=True)).unsqueeze(-1)
             other = vectors @ ((vectors.mT @ scaled) / values)
@@ -170,7 +181,8 @@ class AppliedHessian:
         """Solve by conjugate gradients, or where these are slow and memory allows it, densely."""
         fits = len(right) * right.shape[-1] ** 2 <= _FACTORED_ENTRIES
         direct = DenseHessian(self._scaling, self._build)
-        if fits and self._scaling.slow:
+        # On an accelerator a factor takes less time than the launches of so many steps.
+        if fits and (self._scaling.slow or right.device.type != "cpu"):
             return direct.solve(right, damping, tolerance, steps)
         solution, solved = self._iterate(
             right, damping, tolerance, min(steps, self._trial) if fits else steps
@@ -192,13 +204,15 @@ class AppliedHessian:
         square = residual.square().sum(-1, keepdim=True)
         enough = square * tolerance.to(inverse.dtype).unsqueeze(-1) ** 2
         tiny = torch.finfo(inverse.dtype).tiny
-        for _ in range(steps):
-            if not bool((square > enough).any()):
+        every = 1 if inverse.device.type == "cpu" else _UNREAD_STEPS
+        for step in range(steps):
+            if step % every == 0 and not bool((square > enough).any()):
                 return inverse * solution, True
             image = torch.addcmul(inverse * self._times(inverse * direction), damping, direction)
             curvature = (direction * image).sum(-1, keepdim=True)
             # A problem that is solved has a direction of nothing but rounding.
-            length = torch.where(curvature > 0, square / curvature, 0.0)
+            going = curvature > 0 if every == 1 else (curvature > 0) & (square > enough)
+            length = torch.where(going, square / curvature, 0.0)
             solution = torch.addcmul(solution, length, direction)
             residual = torch.addcmul(residual, length, image, value=-1)
             before, square = square, residual.square().sum(-1, keepdim=True)

@@ -76,26 +76,30 @@ def newton(
     `single` allows float32 in large tables, where its rounding is well below the tolerance. The end
     is then measured, and if that is needed improved, in float64.
     """
-    targets, deviations = torch.stack([problem.epsilon, problem.deviation]).tolist()
+    tables = [cost.flatten(1) for cost in problem.costs.values()]
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf, 1) for x in tables]).amax(0)
+    scale = torch.maximum(problem.deviation, largest / _LARGEST_COST)
+    # Read together: on an accelerator each reading waits.
+    targets, deviations, scales = torch.stack([problem.epsilon, problem.deviation, scale]).tolist()
     numbers = list(zip(targets, deviations, strict=True))
     # Where the plan has its mass, the cost is a few deviations below its mean.
     rounding = max(4 * row[1] / row[0] for row in numbers) * torch.finfo(torch.float32).eps
     single = single and rounding <= _SINGLE * tolerance
     form = make_form(problem, torch.float32 if single else torch.float64, backend, name)
-    tables = [cost.flatten(1) for cost in problem.costs.values()]
-    largest = torch.stack([torch.linalg.vector_norm(x, math.inf, 1) for x in tables]).amax(0)
-    scales = torch.maximum(problem.deviation, largest / _LARGEST_COST).tolist()
-    potentials, level = _first_sweeps(form, list(zip(targets, scales, strict=True)), tolerance)
+    potentials, level, epsilons = _first_sweeps(
+        form, list(zip(targets, scales, strict=True)), tolerance
+    )
     descents = [
         _Descent(Continuation(target, deviation, epsilon), max_iterations)
-        for (target, deviation), epsilon in zip(numbers, level.epsilon.tolist(), strict=True)
+        for (target, deviation), epsilon in zip(numbers, epsilons, strict=True)
     ]
     if form.dtype == torch.float32:
         potentials, level, _ = _descend(form, level, potentials, descents, largest, tolerance / 2)
         form = make_form(problem, torch.float64, backend, name)
         level = form.at(level.epsilon)
     potentials, level, end = _descend(form, level, potentials, descents, largest, tolerance)
-    iterations = torch.tensor([descent.steps for descent in descents], device=potentials.device)
+    steps = [descent.steps for descent in descents]
+    iterations = _numbers(steps, torch.empty_like(problem.epsilon, dtype=torch.int64))
     if all(descent.continuation.arrived and not descent.search.failed for descent in descents):
         return Iterate(form.normalised(potentials, end.log_total), iterations, end.error)
     return finish(problem, form, level, potentials, iterations)
@@ -106,8 +110,8 @@ def newton(
 
 def _first_sweeps(
     form: Form, numbers: Sequence[tuple[float, float]], tolerance: float
-) -> tuple[Tensor, Level]:
-    """Sweep at falling epsilon as long as it pays; return the potentials and the last level.
+) -> tuple[Tensor, Level, list[float]]:
+    """Sweep at falling epsilon as long as it pays; return potentials, the last level, its epsilons.
 
     `numbers` are the target of epsilon and the scale of the cost, for each problem.
     """
@@ -116,12 +120,12 @@ def _first_sweeps(
     potentials = product = torch.where(wanted == 0, 0.0, wanted.log())
     sweeps = [_FirstSweeps(*pair, form.sweep_pairs) for pair in numbers]
     epsilons = [one.epsilon for one in sweeps]
-    level = form.at(wanted.new_tensor(epsilons))
+    level = form.at(_numbers(epsilons, wanted))
     pairs = level.sweeps(potentials, 2, _INNER)
     while True:
         going = [one.going for one in sweeps]
         if not any(going):
-            return potentials, level
+            return potentials, level, epsilons
         swept, moved = next(pairs)
         potentials = _choose(going, swept, potentials)
         if not all(going):
@@ -131,7 +135,7 @@ def _first_sweeps(
         lower = [one.epsilon for one in sweeps]
         if lower != epsilons:
             epsilons, before = lower, level.epsilon
-            level = form.at(wanted.new_tensor(lower))
+            level = form.at(_numbers(lower, wanted))
             # What the cost has added to the potentials is, in cost units, what stays the same.
             potentials = torch.lerp(product, potentials, (before / level.epsilon).unsqueeze(-1))
             pairs = level.sweeps(potentials, 2, _INNER)
@@ -210,7 +214,7 @@ def _descend(
         falls = [descent.falls for descent in descents]
         right = gradient
         if any(falls):
-            lower = form.at(gradient.new_tensor([d.continuation.epsilon for d in descents]))
+            lower = form.at(_numbers([d.continuation.epsilon for d in descents], gradient))
             # Potentials in cost units, epsilon x, change little as epsilon falls.
             ratio = (level.epsilon / lower.epsilon).unsqueeze(-1)
             if not form.dual.is_relaxed:
@@ -219,8 +223,9 @@ def _descend(
                     potentials = form.balance(potentials, now.log_total)
             potentials, level = ratio * potentials, lower
         if any(renewed):
-            bounds = gradient.new_tensor([descent.accuracy(tolerance) for descent in descents])
-            damping, slack = bounds[:, :1], bounds[:, 1]
+            bounds = zip(*[descent.accuracy(tolerance) for descent in descents], strict=True)
+            damping, slack = (_numbers(bound, gradient) for bound in bounds)
+            damping = damping.unsqueeze(-1)
             if total is not None and diagonal is not None:
                 right, damping = right / total, damping + diagonal
             fresh = now.hessian.solve(right, damping, slack, _CONJUGATE_STEPS)
@@ -249,8 +254,13 @@ def _ahead(start: Tensor, direction: Tensor, lengths: Sequence[float]) -> Tensor
     """Return start + length * direction; a direction of length 0 may be anything."""
     if all(length == 1 for length in lengths):
         return start + direction
-    ahead = start + start.new_tensor(lengths).unsqueeze(-1) * direction
+    ahead = start + _numbers(lengths, start).unsqueeze(-1) * direction
     return _choose([length > 0 for length in lengths], ahead, start)
+
+
+def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return a number for each problem; of one problem, without a copy that would wait."""
+    return like.new_full((1,), values[0]) if len(values) == 1 else like.new_tensor(values)
 
 
 def _choose(flags: Sequence[bool], yes: Tensor, no: Tensor) -> Tensor:

@@ -27,10 +27,15 @@ class SolverOptions:
     def __post_init__(self) -> None:
         # Numbers of NumPy become Python's.
         if self.tolerance is not None:
-            vars(self).update(tolerance=check_positive("tolerance", self.tolerance))
+            vars(self).update(tolerance=check_positive("tolerance", self.tolerance, zero=True))
         vars(self).update(max_iterations=check_count("max_iterations", self.max_iterations))
         check_choice("method", self.method, ("sinkhorn", "newton", "auto"))
         check_choice("backend", self.backend, BACKENDS)
+        if self.tolerance == 0 and self.method == "newton":
+            raise ValueError(
+                "tolerance = 0 takes sweeps, since Newton steps read what they decide; "
+                'expected method="auto" or "sinkhorn"; got method="newton"'
+            )
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

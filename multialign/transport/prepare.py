@@ -84,8 +84,13 @@ def make_problem(
     return prepare(check_arguments(costs, marginals, epsilon, relaxation), dtype)
 
 
-def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
-    """Put arguments in order; `dtype` is that of the results, None: that of the marginals."""
+def prepare(
+    arguments: Arguments, dtype: torch.dtype | None = None, *, reads: bool = True
+) -> Problem:
+    """Put arguments in order; `dtype` is that of the results, None: that of the marginals.
+
+    Without `reads` no value is read, and no cost may be infinite.
+    """
     tables, weights, epsilon, batch, rho = arguments
 
     def flat(x: Tensor, dims: int) -> Tensor:
@@ -104,7 +109,7 @@ def prepare(arguments: Arguments, dtype: torch.dtype | None = None) -> Problem:
     if len(relaxed) == len(rho):
         groups = _cap(groups, flat_epsilon + sum(rho[p] or 0.0 for p in relaxed))
     forbidden: Mapping[Scope, Tensor] = {}
-    extreme = is_extreme([group.costs for group in groups], flat_epsilon)
+    extreme = reads and is_extreme([group.costs for group in groups], flat_epsilon)
     if extreme and not relaxed:
         tables = _by_scope(groups)
         centred, offsets, deviation, forbidden = absorb(tables, normalised, flat_epsilon)
@@ -227,7 +232,7 @@ def _is_edge(key: Any, count: int) -> bool:
 def _check_epsilon(epsilon: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(epsilon, Tensor):
         number = check_positive("epsilon", epsilon)
-        return torch.tensor(number, dtype=torch.float64, device=device)
+        return torch.full((), number, dtype=torch.float64, device=device)  # no copy to wait for
     check_tensor("epsilon", epsilon, "(*batch)", 0)
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on the marginals' device {device}; got {epsilon.device}")

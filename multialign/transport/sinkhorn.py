@@ -64,7 +64,7 @@ def sinkhorn(problem: Problem, form: Form, tolerance: float, max_iterations: int
         arrived = level.epsilon <= target
         # A non-finite error never falls again: there is nothing to wait for.
         active = active & error.isfinite() & ~(arrived & (error <= tolerance))
-        if not bool(active.any()):
+        if tolerance > 0 and not bool(active.any()):
             break
         ready = (error <= _LEVEL_ERROR) | (level_sweeps >= _LEVEL_SWEEPS)
         falls = active & ~arrived & ready

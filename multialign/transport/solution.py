@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multialign._validation import check_entries
+from multialign.transport.convergence import warn_unless_converged
 from multialign.transport.forms.choose import FormName
 from multialign.transport.implicit import attach, dual_value, read_marginals
 from multialign.transport.problem import Problem
@@ -39,7 +40,8 @@ class TransportSolution:
             :math:`(*\text{batch})`.
         error: Sum over p of the L1 distance of the plan's marginal from :math:`\nu_p`, or with
             `marginal_relaxation` from :math:`\nu_p \exp(-f_p / \rho_p)`, :math:`(*\text{batch})`.
-        converged: Whether `error` is at most the tolerance, :math:`(*\text{batch})`.
+        converged: Whether `error` is at most the tolerance, :math:`(*\text{batch})`. On an
+            accelerator the :class:`ConvergenceWarning` comes when this is first read.
 
     References:
         Eq. 7-8 of :cite:t:`decalign:26`; :cite:t:`luise:18` and :cite:t:`eisenberger:22` for the
@@ -61,7 +63,9 @@ class TransportSolution:
     value: Tensor
     iterations: Tensor
     error: Tensor
-    converged: Tensor
+
+    # The tolerance, while nobody was told whether it was reached; on the CPU the solver tells.
+    _untold: float = 0.0
 
     def __init__(
         self, problem: Problem, iterate: Iterate, tolerance: float, form: FormName = "auto"
@@ -71,7 +75,8 @@ class TransportSolution:
         self._attached: Tensor | None = None
         self.iterations = problem.unflatten(iterate.iterations)
         self.error = problem.unflatten(iterate.error)
-        self.converged = problem.unflatten(iterate.error <= tolerance)
+        self._converged = problem.unflatten(iterate.error <= tolerance)
+        self._untold = tolerance if self.error.device.type != "cpu" else 0.0
         self.value = problem.unflatten(self._dual_value())
 
     def __repr__(self) -> str:
@@ -79,6 +84,18 @@ class TransportSolution:
             f"TransportSolution(value={self.value}, iterations={self.iterations}, "
             f"error={self.error}, converged={self.converged})"
         )
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether `error` is at most the tolerance, `(*batch)`; warns once if not all is.
+
+        On the CPU the solver has warned before.
+        """
+        tolerance, self._untold = self._untold, 0.0
+        if tolerance:
+            stopped = ~self._converged & self.error.isfinite()
+            warn_unless_converged(stopped, self.error, self.iterations, tolerance)
+        return self._converged
 
     def detach(self) -> TransportSolution:
         """Return the same solution without gradient."""
@@ -104,7 +121,7 @@ class TransportSolution:
     ) -> TransportSolution:
         other._problem, other._attached = problem, None
         other._fixed = self._fixed.to(problem.epsilon.device)
-        for name in ("value", "iterations", "error", "converged"):
+        for name in ("value", "iterations", "error", "_converged"):
             setattr(other, name, function(getattr(self, name)))
         return other
 

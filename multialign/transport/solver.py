@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from multialign.ops import (
     register_fake,
     solve_small,
 )
+from multialign.transport.convergence import ConvergenceWarning, warn_unless_converged
 from multialign.transport.direct import solve_directly
 from multialign.transport.forms.choose import FormName, make_form
 from multialign.transport.implicit import log_total
@@ -30,10 +30,6 @@ from multialign.transport.sinkhorn import Iterate, finish, sinkhorn
 from multialign.transport.solution import TransportSolution
 
 __all__ = ["ConvergenceWarning", "multi_marginal_sinkhorn", "solve", "solve_problem"]
-
-
-class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped at its largest number of iterations."""
 
 
 def multi_marginal_sinkhorn(
@@ -77,7 +73,9 @@ def multi_marginal_sinkhorn(
             as given, not normalised; those with hard constraints must have equal mass. The entropy
             term is then :math:`\epsilon (\sum T \log T - \sum T + 1)`.
         tolerance: Largest L1 distance of the plan's marginals from those wanted, summed over them.
-            None: 1e-6 in float64 and 1e-4 in float32.
+            None: 1e-6 in float64 and 1e-4 in float32. 0: `max_iterations` sweeps as they are, after
+            which nothing is read and nobody warned, as a CUDA graph needs it; costs must then be
+            finite.
         max_iterations: Where it stops without convergence.
         method: "sinkhorn" sweeps over the marginals; "newton", which is what "auto" takes, begins
             with sweeps as long as these pay, follows the solution down in :math:`\epsilon` by
@@ -143,12 +141,17 @@ def solve(
     """
     if dtype is None:
         dtype = arguments.marginals[0].dtype
-    found = solve_directly(arguments, options, dtype, symmetric=symmetric, candidate=candidate)
+    found = None
+    if options.tolerance != 0:
+        found = solve_directly(arguments, options, dtype, symmetric=symmetric, candidate=candidate)
     if found is not None:
         return found
     with full_precision(arguments.epsilon):
         return solve_problem(
-            prepare(arguments, dtype), options, symmetric=symmetric, candidate=candidate
+            prepare(arguments, dtype, reads=options.tolerance != 0),
+            options,
+            symmetric=symmetric,
+            candidate=candidate,
         )
 
 
@@ -178,7 +181,7 @@ def solve_problem(
         iterate = Iterate(
             *_solve(
                 *problem.detach().flatten(),
-                "sinkhorn" if options.method == "sinkhorn" else "newton",
+                "sinkhorn" if options.method == "sinkhorn" or tolerance == 0 else "newton",
                 problem.dtype == torch.float32,
                 tolerance,
                 options.max_iterations,
@@ -246,13 +249,15 @@ def _solve(
     # In inference mode operations on small tensors take a tenth less time.
     with torch.inference_mode():
         iterate = None
-        if form == "auto":
+        if form == "auto" and tolerance > 0:
             iterate = _solve_at_once(
                 problem, method, tolerance, max_iterations, single, backend, symmetric
             )
         if iterate is None:
             backend = "torch" if backend == "native" else backend
-            if symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
+            if tolerance == 0 and form == "auto":
+                form = "pairwise"  # which reads nothing
+            elif symmetric and all(torch.equal(nu, marginals[0]) for nu in marginals[1:]):
                 problem = problem.folded()
             level = tolerance / problem.copies
             if method == "newton":
@@ -265,20 +270,15 @@ def _solve(
     iterate = Iterate(
         iterate.potentials.repeat(1, count), iterate.iterations.clone(), count * iterate.error
     )
+    if tolerance == 0 or epsilon.device.type != "cpu":  # there `converged` warns when it is read
+        return iterate
     stopped = (iterate.error > tolerance) & (iterate.error < math.inf)
     if forbids:
         # Where nothing allowed meets the marginals the error may be NaN; so it is for NaN input.
         inputs = [*problem.costs.values(), *problem.marginals, epsilon.unsqueeze(-1)]
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in inputs]).all(0)
         stopped = stopped | (finite & ~iterate.error.isfinite())
-    if bool(stopped.any()):
-        warnings.warn(
-            f"{int(stopped.sum())} of {stopped.numel()} transport problems did not reach "
-            f"tolerance {tolerance:g} in {int(iterate.iterations[stopped].max())} iterations; "
-            f"largest error {float(iterate.error[stopped].max()):.2g}",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    warn_unless_converged(stopped, iterate.error, iterate.iterations, tolerance)
     return iterate.potentials, iterate.iterations, iterate.error
 
 

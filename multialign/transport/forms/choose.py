@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from multialign.ops import Implementation
+from multialign.ops import Implementation, multiplies_float64_fast
 from multialign.transport.forms.base import Form
 from multialign.transport.forms.copies import Copies, ThreeCopies
 from multialign.transport.forms.dense import Table, Vector
@@ -37,13 +37,14 @@ def make_form(
     problem: Problem, dtype: torch.dtype, backend: Implementation, name: FormName = "auto"
 ) -> Form:
     """Return a form of the plan, for "auto" the fastest; `dtype` is that of large tables."""
+    plain = backend == "torch" or multiplies_float64_fast(problem.epsilon.device)
     if problem.copies > 1:
-        if problem.copies == 3 and backend == "torch":
+        if problem.copies == 3 and plain:
             return Guarded(ThreeCopies(problem), partial(Copies, problem, backend))
         return Copies(problem, backend)
     entries = math.prod(problem.sizes) * problem.epsilon.numel()
     if name == "auto":
-        name = _fastest(problem, entries, backend)
+        name = _fastest(problem, entries, plain)
         if entries < _LARGE_ENTRIES:
             dtype = torch.float64
     if name == "vector":
@@ -51,12 +52,15 @@ def make_form(
     if name == "table" or any(len(scope) > 2 for scope in problem.costs):
         return Table(problem)
     if name == "triangle":
+        if backend == "triton":
+            dtype = torch.float64  # torch may be told not to multiply exactly in float32
         safe: FormName = "table" if entries <= _TABLE_ENTRIES else "pairwise"
         return Guarded(Triangle(problem, dtype), partial(make_form, problem, dtype, backend, safe))
     return Pairwise(problem, dtype, backend)
 
 
-def _fastest(problem: Problem, entries: int, backend: Implementation) -> FormName:
+def _fastest(problem: Problem, entries: int, plain: bool) -> FormName:
+    """Return the fastest form; `plain` says whether plain products of matrices are fast."""
     sizes = problem.sizes
     if entries * sum(sizes) ** 2 <= _VECTOR_WORK:
         return "vector"
@@ -65,6 +69,6 @@ def _fastest(problem: Problem, entries: int, backend: Implementation) -> FormNam
     if problem.forbidden or problem.relaxed:
         return "table" if entries <= _TABLE_ENTRIES else "pairwise"
     alike = len(sizes) == 3 and len(set(sizes)) == 1 and set(problem.costs) == set(_TRIANGLE)
-    if alike and backend == "torch" and entries >= _TRIANGLE_ENTRIES:
+    if alike and plain and entries >= _TRIANGLE_ENTRIES:
         return "triangle"
     return "table" if entries <= _TABLE_ENTRIES else "pairwise"

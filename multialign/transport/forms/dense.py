@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import lru_cache
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
@@ -212,6 +212,7 @@ def _incidence(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return which entry of a plan belongs to which atom of each marginal, `(n, S)`."""
     axes = [torch.arange(size, device=device) for size in sizes]
     atoms = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
-    first = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
+    for p, first in enumerate(accumulate(sizes[:-1]), 1):
+        atoms[:, p] += first
     shape = (len(atoms), sum(sizes))
-    return torch.zeros(shape, dtype=torch.float64, device=device).scatter_(1, atoms + first, 1.0)
+    return torch.zeros(shape, dtype=torch.float64, device=device).scatter_(1, atoms, 1.0)

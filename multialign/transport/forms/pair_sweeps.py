@@ -16,7 +16,8 @@ class PairSweeps:
     def __init__(self, wanted: Sequence[Tensor], absent: Sequence[Tensor]) -> None:
         """Prepare for marginals `(B, K_p)`, up to a factor; `absent` marks atoms without mass."""
         self._wanted = [nu.unsqueeze(-1) for nu in wanted]
-        some = bool(torch.cat(list(absent), -1).any())
+        # Whether there are any is read on the CPU alone: elsewhere reading takes longer than masks.
+        some = absent[0].device.type != "cpu" or bool(torch.cat(list(absent), -1).any())
         self._absent = [mask.unsqueeze(-1) for mask in absent] if some else None
 
     def sweep(
