@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 
-_STACKED_ENTRIES = 2**16
+# On a CPU, stacks of more entries leave the cache and cost memory.
+_STACKED_ENTRIES = 2**15
 
 
 class Samples(NamedTuple):

@@ -72,7 +72,8 @@ def draw_problem(seed: int) -> Problem:
     rho: float | list[float | None] | None = None
     if rng.random() < 0.4:
         # Beyond a million epsilon, a potential of the size of rho leaves few digits to the plan;
-        # where pairs are forbidden, so does a potential that pays for what cannot be reached.
+        # where pairs are forbidden, so does a potential that pays for what cannot be reached, and
+        # the more so the more masses differ.
         reach = 1e3 if "forbidden" in recipe["cost"] else 1e6
         most = recipe["unit"] * recipe["epsilon"] * reach
         drawn = [min(recipe["unit"] * 10.0 ** rng.randint(-6, 8), most) for _ in range(count)]
@@ -85,6 +86,8 @@ def draw_problem(seed: int) -> Problem:
             ]
         if recipe["cost"] == "constant":  # a cost below 0 pays for any mass: it may be infinite
             costs = {scope: cost.detach().abs().requires_grad_() for scope, cost in costs.items()}
+    if "forbidden" in recipe["cost"] and "peaked" in recipe["masses"]:
+        rho = None
     recipe["relaxation"] = rho
     return Problem(recipe, costs, marginals, epsilon, rho)
 

@@ -221,7 +221,8 @@ _host_tensor, _host_autocast = torch.tensor, torch.autocast
 def _replaced(name: str, function: Any, other: Any) -> Iterator[None]:
     """Replace a function of multialign wherever it was imported."""
     with ExitStack() as stack:
-        for module in list(sys.modules.values()):
+        ours = [module for key, module in sys.modules.items() if key.startswith("multialign")]
+        for module in ours:
             if getattr(module, name, None) is function:
                 stack.enter_context(patch.object(module, name, other))
         yield

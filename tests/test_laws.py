@@ -229,7 +229,8 @@ def test_a_module_is_its_function_with_options(name, options):
     module = loss.given(generator=torch.Generator().manual_seed(0)).make()
     assert torch.equal(module(features, weights), loss(features, weights))
     for option, value in loss.options.items():
-        if option not in ("method", "num_prototypes"):  # not printed, printed without its name
+        # Not printed, or printed without its name.
+        if option not in ("backend", "method", "num_prototypes"):
             assert f"{option}={value!r}" in repr(module)
         if option != "debias":  # any value is true or false
             with pytest.raises((TypeError, ValueError), match=option):

@@ -25,6 +25,13 @@
     __attribute__((visibility("default"))) type MULTIALIGN_JOIN(name, MULTIALIGN_SET)
 #endif
 
+/* A function whose inner loops of constant length are worth being written out. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define UNROLLED __attribute__((optimize("O3")))
+#else
+#define UNROLLED
+#endif
+
 /* A loop whose iterations do not depend on each other, or only by sums, whose order is free. */
 #if defined(_MSC_VER) && !defined(__clang__)
 #define PRAGMA(text) __pragma(text)

@@ -13,7 +13,7 @@ static inline int padded(int n)
 }
 
 /* c = a b for rows x inner and inner x columns; columns is a multiple of LANES. */
-static void multiply(int rows, int inner, int columns, const double *restrict a, int a_stride,
+UNROLLED static void multiply(int rows, int inner, int columns, const double *restrict a, int a_stride,
                      const double *restrict b, double *restrict c)
 {
     int i = 0;
@@ -70,7 +70,7 @@ static void multiply(int rows, int inner, int columns, const double *restrict a,
 }
 
 /* a[r][l] -= sum over k < inner of u[k][i + r] u[k][j + l], for 4 rows and 2 LANES columns. */
-static inline void subtract_tile(double *a, int n, const double *u, int inner, int i, int j,
+UNROLLED static void subtract_tile(double *a, int n, const double *u, int inner, int i, int j,
                                  int columns)
 {
     double s[4][2 * LANES] = {{0}};
