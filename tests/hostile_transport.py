@@ -72,9 +72,10 @@ def draw_problem(seed: int) -> Problem:
     rho: float | list[float | None] | None = None
     if rng.random() < 0.4:
         # Beyond a million epsilon, a potential of the size of rho leaves few digits to the plan;
-        # where pairs are forbidden, so does a potential that pays for what cannot be reached, and
-        # the more so the more masses differ.
-        reach = 1e3 if "forbidden" in recipe["cost"] else 1e6
+        # where costs are forbidden or huge, so does a potential that pays for what cannot be
+        # reached, and the more so the more masses differ.
+        extreme = "forbidden" in recipe["cost"] or "huge" in recipe["cost"]
+        reach = 1e3 if extreme else 1e6
         most = recipe["unit"] * recipe["epsilon"] * reach
         drawn = [min(recipe["unit"] * 10.0 ** rng.randint(-6, 8), most) for _ in range(count)]
         numbers = [drawn[0], *(rng.choice([None, number]) for number in drawn[1:])]
@@ -212,6 +213,17 @@ def is_feasible(problem: Problem) -> torch.Tensor:
                 wanted.append(mass[index].double() / total.clamp_min(1e-300))
                 atoms = allowed.nonzero()[:, p]
                 rows.append(torch.nn.functional.one_hot(atoms, sizes[p]).T)
+        if problem.relaxation is not None and len(wanted) > 1:
+            # Beside penalties, hard marginals are taken as given and need equal mass.
+            totals = torch.stack(
+                [
+                    mass[index].double().sum()
+                    for mass, is_hard in zip(problem.marginals, hard)
+                    if is_hard
+                ]
+            )
+            if bool(totals.max() - totals.min() > 1e-6 * totals.max()):
+                feasible[index] = False
         count = int(allowed.sum())
         if rows and count:
             program = linprog(
