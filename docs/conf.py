@@ -234,7 +234,7 @@ def write_benchmarks(app):
     results = here.parent / "benchmarks" / "results"
     write_small_epsilon(results / "small_epsilon.csv", here / "_generated" / "small_epsilon.rst")
     for path in sorted(results.glob("*.csv")):
-        if path.stem in ("gpu", "hostile", "small_epsilon"):
+        if path.stem in ("device_traffic", "gpu", "hostile", "small_epsilon"):
             continue
         with path.open() as file:
             rows = list(csv.DictReader(file))
