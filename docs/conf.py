@@ -38,6 +38,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_generated", "inventories"]
 nitpicky = True
+# The fields of a named tuple are documented by their annotations as written.
+nitpick_ignore = [("py:class", "Tensor")]
 suppress_warnings = ["config.cache"]  # the gallery's options hold functions
 templates_path = ["_templates"]
 default_role = "code"
