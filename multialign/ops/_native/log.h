@@ -12,18 +12,17 @@
 static inline double log_of(double x)
 {
     const double magic = 6755399441055744.0;
-    const int64_t magic_bits = 0x4338000000000000;
+    const uint64_t magic_bits = 0x4338000000000000;
     const int tiny = x < 2.2250738585072014e-308;
     union {
         double number;
-        int64_t bits;
+        uint64_t bits;
     } m, n;
     m.number =
         tiny ? x * 18014398509481984.0 : x; /* 2^54: a subnormal number becomes a normal one */
     /* Exponent and 1023, if numbers from sqrt(1/2) on have the exponent of 1. */
-    const int64_t exponent =
-        (int64_t)((uint64_t)(m.bits - 0x3fe6a09e667f3bcd + 0x3ff0000000000000) >> 52);
-    m.bits -= (int64_t)((uint64_t)(exponent - 1023) << 52);
+    const uint64_t exponent = (m.bits - 0x3fe6a09e667f3bcd + 0x3ff0000000000000) >> 52;
+    m.bits -= (exponent - 1023) << 52;
     n.bits = exponent + magic_bits;
     const double power = n.number - magic - (tiny ? 1077.0 : 1023.0);
     const double f = m.number - 1.0;
