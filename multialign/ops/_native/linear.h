@@ -13,8 +13,8 @@ static inline int padded(int n)
 }
 
 /* c = a b for rows x inner and inner x columns; columns is a multiple of LANES. */
-UNROLLED static void multiply(int rows, int inner, int columns, const double *restrict a, int a_stride,
-                     const double *restrict b, double *restrict c)
+UNROLLED static void multiply(int rows, int inner, int columns, const double *restrict a,
+                              int a_stride, const double *restrict b, double *restrict c)
 {
     int i = 0;
     for (; i + 4 <= rows; i += 4) {
@@ -71,7 +71,7 @@ UNROLLED static void multiply(int rows, int inner, int columns, const double *re
 
 /* a[r][l] -= sum over k < inner of u[k][i + r] u[k][j + l], for 4 rows and 2 LANES columns. */
 UNROLLED static void subtract_tile(double *a, int n, const double *u, int inner, int i, int j,
-                                 int columns)
+                                   int columns)
 {
     double s[4][2 * LANES] = {{0}};
     for (int k = 0; k < inner; k++) {
